@@ -1,0 +1,96 @@
+# make demo and make test need python3, make and, for the C helper, a C compiler; nothing else, and no privileges.
+
+# The interpreter for the virtual environment; another one than last time builds it anew.
+PYTHON ?= python3
+VENV ?= .venv
+# Test processes. Tests mostly wait for real workers, so more than there are cores.
+TEST_PROCESSES ?= 6
+# Seconds after which no further test is started.
+TEST_SECONDS ?= 1800
+# More options for pytest, such as PYTEST_ARGS="-k spawn -x".
+PYTEST_ARGS ?=
+# More options for the demo and the benchmarks.
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CREATED := $(VENV)/.created-$(subst /,_,$(PYTHON))
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.[ch] csrc/*.py)
+COMMA := ,
+
+# What a caller's shell has set must not leak into the virtual environment.
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help demo test pytest lint format bench clean
+
+help:
+	@echo "make demo    run a real worker on this pool, with nothing else to install"
+	@echo "make test    make lint and all tests; PYTEST_ARGS=... for pytest, TEST_PROCESSES=$(TEST_PROCESSES), PYTHON=$(PYTHON)"
+	@echo "make pytest  the tests alone"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff format the code"
+	@echo "make bench   measure against Celery's own pool"
+	@echo "make clean   remove what these made"
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+# Tests run whatever lint says, and end last, so that their summary is the end of the output; either one's failure counts.
+test: $(VENV)/.installed-test
+	@failed=; \
+	$(MAKE) --no-print-directory lint || failed=lint; \
+	$(MAKE) --no-print-directory pytest || failed="$$failed pytest"; \
+	test -z "$$failed" || { echo "make test: failed: $$failed" >&2; exit 1; }
+
+pytest: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --session-timeout $(TEST_SECONDS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	@failed=; \
+	$(BIN)/ruff check --output-format concise || failed=1; \
+	$(BIN)/ruff format --check --output-format concise || failed=1; \
+	$(BIN)/mypy || failed=1; \
+	test -z "$$failed"
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/table.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f memsafe_pool/_native*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Editable, so that a change in memsafe_pool/ needs no new installation: one in the build inputs does. The extension is
+# optional, so its old build goes first: it would stay, unnoticed, where the new one fails.
+define INSTALL
+	rm -f memsafe_pool/_native*.so
+	$(PIP) install --editable '.$(1)'
+	@$(BIN)/python -c 'from memsafe_pool import native; native.HAVE_EXTENSION or print("make: the C helper was not built (is there a C compiler?); the pool uses ctypes:", native.EXTENSION_ERROR)'
+	@touch $@ $(VENV)/.installed
+endef
+
+$(VENV)/.installed: $(CREATED) $(BUILD_INPUTS)
+	$(call INSTALL,)
+
+$(VENV)/.installed-test: $(CREATED) $(BUILD_INPUTS)
+	$(call INSTALL,[test$(COMMA)dev])
+
+$(VENV)/.installed-bench: $(CREATED) $(BUILD_INPUTS)
+	$(call INSTALL,[bench])
+
+# pip 22: the first ones that come with some Python 3.10 cannot install this package in editable form.
+$(CREATED):
+	@command -v "$(PYTHON)" >/dev/null || \
+	{ echo "make: there is no $(PYTHON); install Python 3.10 or later, or name one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	{ echo "make: $(PYTHON) is older than Python 3.10; name a later one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo "make: $(PYTHON) has no venv module; on Debian and Ubuntu it is in the package python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(PIP) install 'pip>=22'
+	@touch $@

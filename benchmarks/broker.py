@@ -1,0 +1,116 @@
+"""Redis for the benchmarks, and each worker's own corner of it.
+
+The server on the default local port is used when it answers, else a private one is started. Nothing but keys
+with the lane's own prefix is written or deleted.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import redis
+from celery import Celery
+from kombu import Exchange, Queue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_PORT = 6379
+DATABASE = 11
+_CONTROL = Exchange("celery.pidbox", type="fanout", durable=False)
+_REPLIES = Exchange("reply.celery.pidbox", type="direct", durable=False)
+
+
+def _answers(port: int) -> bool:
+    try:
+        return bool(redis.Redis(port=port, socket_timeout=1).ping())
+    except redis.RedisError:
+        return False
+
+
+@contextmanager
+def redis_url() -> Iterator[str]:
+    """Give the URL of a Redis database that lives at least as long as the context."""
+    if _answers(DEFAULT_PORT):
+        yield f"redis://127.0.0.1:{DEFAULT_PORT}/{DATABASE}"
+        return
+    server = shutil.which("redis-server")
+    if server is None:
+        message = f"no Redis answers on port {DEFAULT_PORT}, and there is no redis-server to start"
+        raise SystemExit(message)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="bench-redis-") as folder:
+        command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 10
+            while not _answers(port):
+                if time.monotonic() > deadline or process.poll() is not None:
+                    message = f"redis-server on port {port} did not come up"
+                    raise SystemExit(message)
+                time.sleep(0.02)
+            yield f"redis://127.0.0.1:{port}/{DATABASE}"
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+
+
+class Lane:
+    """One worker's own key prefix, with a producer for it. The producer does not import the app."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.prefix = f"bench-{uuid.uuid4().hex[:12]}:"
+        self.app = Celery("lane", broker=url, set_as_current=False)
+        self.app.conf.update(
+            task_ignore_result=True, broker_transport_options={"global_keyprefix": self.prefix}
+        )
+        self._redis = redis.Redis.from_url(url)
+
+    def stage(self, name: str, *args: object, count: int = 1) -> None:
+        """Publish `count` tasks to a queue that nobody reads."""
+        with self.app.producer_pool.acquire(block=True) as producer:
+            for _ in range(count):
+                self.app.send_task(name, args, queue="staging", producer=producer)
+
+    def release(self) -> None:
+        """Let the worker have all staged tasks at once."""
+        if not self._redis.renamenx(self.prefix + "staging", self.prefix + "bench"):
+            message = "tasks are still waiting in the worker's queue"
+            raise RuntimeError(message)
+
+    def pending(self) -> int:
+        """Count the tasks that wait in the queue, or that the worker has but no child has accepted yet."""
+        return int(self._redis.llen(self.prefix + "bench")) + int(self._redis.hlen(self.prefix + "unacked"))
+
+    def ping(self, worker: str) -> bool:
+        """Send `ping` to the worker once more, and tell whether it has answered any.
+
+        Celery's own `control.ping` is not used: what it sends before the worker listens is lost, and trying
+        again takes a second each time, since on Redis it ends with its blocking read.
+        """
+        with self.app.producer_pool.acquire(block=True) as producer:
+            Queue("pong", _REPLIES, routing_key="pong")(producer.channel).declare()
+            reply_to = {"exchange": _REPLIES.name, "routing_key": "pong"}
+            request = {"method": "ping", "arguments": {}, "destination": [worker]}
+            producer.publish(
+                {**request, "ticket": "pong", "reply_to": reply_to}, exchange=_CONTROL, declare=[_CONTROL]
+            )
+        return bool(self._redis.exists(self.prefix + "pong"))
+
+    def close(self) -> None:
+        """Disconnect and delete every key of this lane."""
+        self.app.close()
+        keys = list(self._redis.scan_iter(self.prefix + "*", count=1000))
+        if keys:
+            self._redis.delete(*keys)
+        self._redis.close()

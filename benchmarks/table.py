@@ -1,0 +1,33 @@
+"""Run every benchmark, one after the other, and print one table."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+import burst_memory
+import celery
+import idle_memory
+import ready_time
+import row
+import shared_model
+import slow_imports
+import start_latency
+import task_cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SCRIPTS = (idle_memory, burst_memory, ready_time, start_latency, shared_model, task_cpu, slow_imports)
+
+
+def rows(options: row.Options) -> Iterator[row.Row]:
+    """All rows, in the order above."""
+    row.say(f"Celery {celery.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for script in SCRIPTS:
+        row.say(script.__name__)
+        yield from script.rows(options)
+
+
+if __name__ == "__main__":
+    row.main(rows, __doc__)

@@ -1,0 +1,4 @@
+# The extension that cffi builds from csrc/.
+from memsafe_pool.native import _Library
+
+lib: _Library

@@ -1,0 +1,268 @@
+"""What runs in a child: wait for a task, run it, report, until told to stop.
+
+Everything here runs in the child. The worker's side is ``engine``; what goes over the
+socket between them is ``wire``.
+
+How a child ends: the worker sends STOP or closes the socket, a signal arrives, or the
+task ends the process. In the first two cases and for SIGTERM ``worker_process_shutdown``
+is sent. A child never outlives its worker: on Linux the kernel kills it
+(``PR_SET_PDEATHSIG``), elsewhere it sees the closed socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+from memsafe_pool import memory, native, upstream, wire
+
+__all__ = ["Terms", "run", "send_failure", "tie_to_parent"]
+
+#: Bytes asked for in one read. Most tasks are smaller, and arrive in one piece.
+_READ_BYTES = 65536
+
+#: Seconds a child may take to become the worker's own child after it was forked.
+_ADOPTION_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a child has to know about its place.
+
+    Attributes:
+        worker_pid: The worker, which is or will be this process's parent.
+        hostname: Node name of the worker.
+        index: Number of the child's slot, from 0; names its log file.
+        name: Process name for logs.
+        max_private_bytes: Report private memory when resident memory is above this; 0 for never.
+    """
+
+    worker_pid: int
+    hostname: str
+    index: int
+    name: str
+    max_private_bytes: int = 0
+
+
+class _Leave(SystemExit):
+    """A signal asked this child to end."""
+
+
+class _Signals:
+    """Signal handling of a child: what a signal does depends on whether a task runs."""
+
+    def __init__(self) -> None:
+        self.in_task = False
+        self.leaving = False
+
+    def install(self) -> None:
+        handlers: dict[int, Any] = {
+            upstream.TERM_SIGNAL: self._on_terminate,
+            signal.SIGQUIT: self._on_terminate,
+            signal.SIGHUP: self._on_terminate,
+            signal.SIGUSR1: self._on_soft_limit,
+            signal.SIGINT: signal.SIG_IGN,
+        }
+        if upstream.TERM_SIGNAL != signal.SIGTERM:
+            handlers[signal.SIGTERM] = signal.SIG_IGN
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+    def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
+        if self.leaving:
+            os._exit(os.EX_SOFTWARE)  # the first one is stuck somewhere
+        self.leaving = True
+        # The exit status Celery's users know: the number of the signal.
+        raise _Leave(signum)
+
+    def _on_soft_limit(self, signum: int, frame: FrameType | None) -> None:
+        # One that arrives late, when its task has just ended, must not hit the next.
+        if self.in_task:
+            raise upstream.SoftTimeLimitExceeded
+
+
+def run(app: Any, sock: socket.socket, terms: Terms, midwife: int = 0) -> NoReturn:
+    """Be a child until the end. The app is imported and prepared; never returns.
+
+    Arguments:
+        app: The Celery app.
+        sock: This child's end of its socket pair with the worker.
+        midwife: As for :func:`tie_to_parent`.
+    """
+    code = 1
+    sock.setblocking(True)  # whatever socket.setdefaulttimeout() says: idle children wait for long
+    try:
+        signals = _begin(app, sock, terms, midwife)
+        if signals is not None:
+            code = _serve(sock, terms, signals)
+    except _Leave as leave:
+        code = int(leave.code or 0)
+    except ConnectionError:
+        code = 1  # the worker has closed the socket: it is gone, or wants us gone
+    except BaseException:  # noqa: BLE001 - the process ends here; nothing may pass into the forking code
+        traceback.print_exc()
+    finally:
+        _flush()
+        os._exit(code)
+
+
+def _begin(app: Any, sock: socket.socket, terms: Terms, midwife: int) -> _Signals | None:
+    """Do all that comes before the first task; None if that failed and the worker knows."""
+    signals = _Signals()
+    try:
+        tie_to_parent(terms.worker_pid, midwife)
+        upstream.prepare_process(app, terms.hostname)
+        signals.install()
+        upstream.send_process_init(terms.hostname)
+    except _Leave:
+        raise
+    except BaseException:  # noqa: BLE001 - whatever it is, the worker logs it
+        send_failure(sock)
+        return None
+    sock.sendall(wire.head(wire.UP, 0, os.getpid(), 0.0))
+    return signals
+
+
+def send_failure(sock: socket.socket) -> None:
+    """Tell the worker that this process can not start, with the current exception."""
+    text = traceback.format_exc().encode(errors="replace")
+    sock.sendall(wire.head(wire.FAILED, len(text), 0, 0.0) + text)
+
+
+def tie_to_parent(pid: int, midwife: int = 0) -> None:
+    """Arrange for this process to die with its parent ``pid``; end it if that is not its parent.
+
+    The parent-death signal refers to the parent at the time of the call, so it is set
+    after an adoption, and the parent is looked at again after it.
+
+    Arguments:
+        midwife: The process that forked this one and is about to end, so that ``pid``
+            becomes the parent; 0 if ``pid`` is the parent already.
+    """
+    deadline = time.monotonic() + _ADOPTION_SECONDS
+    while midwife and os.getppid() == midwife and time.monotonic() < deadline:
+        time.sleep(0.0002)
+    with contextlib.suppress(OSError):  # not on this platform: there the closed socket ends us
+        native.set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != pid:
+        os._exit(1)
+
+
+def _serve(sock: socket.socket, terms: Terms, signals: _Signals) -> int:
+    """Run tasks until there are no more; return the exit code."""
+    code = 0
+    try:
+        _run_tasks(sock, terms.max_private_bytes, signals)
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    finally:
+        upstream.send_process_shutdown(terms.hostname, code)
+    return code
+
+
+def _run_tasks(sock: socket.socket, max_private_bytes: int, signals: _Signals) -> None:
+    recv, send, loads = sock.recv, sock.sendall, pickle.loads
+    head_size, unpack, head = wire.HEAD.size, wire.HEAD.unpack_from, wire.head
+    monotonic = time.monotonic
+    pid = os.getpid()
+    rest = b""
+    while True:
+        data = rest or recv(_READ_BYTES)
+        if not data:
+            return  # the worker is gone
+        while len(data) < head_size:
+            data += _receive(recv, head_size - len(data))
+        kind, length, job, _ = unpack(data)
+        if kind == wire.STOP:
+            return
+        end = head_size + length
+        payload: memoryview = memoryview(data)[head_size:end]
+        rest = data[end:]
+        if len(data) < end:
+            payload = _receive_rest(sock, payload, length)
+        function, args, kwargs = loads(payload)
+        del data, payload  # a large call must not stay in memory twice while it runs
+        send(head(wire.ACK, 0, job, monotonic()))
+        signals.in_task = True
+        try:
+            outcome = True, upstream.shield_worker(function(*args, **kwargs))
+        except (SystemExit, KeyboardInterrupt):
+            raise  # the process ends, and the worker reports the task as lost with it
+        except BaseException as exc:  # the worker gets it
+            if signals.leaving:
+                raise _Leave(signal.SIGTERM) from exc
+            outcome = _failure(exc)
+        finally:
+            signals.in_task = False
+            if os.getpid() != pid:
+                os._exit(0)  # the task has forked, and its copy has come back too: one is enough
+        del function, args, kwargs
+        _send_outcome(send, job, outcome, _private_bytes(max_private_bytes))
+        del outcome
+
+
+def _receive(recv: Any, size: int) -> bytes:
+    data: bytes = recv(size)
+    if not data:
+        raise SystemExit(1)
+    return data
+
+
+def _receive_rest(sock: socket.socket, begun: memoryview, length: int) -> memoryview:
+    whole = memoryview(bytearray(length))
+    filled = len(begun)
+    whole[:filled] = begun
+    while filled < length:
+        received = sock.recv_into(whole[filled:])
+        if not received:
+            raise SystemExit(1)
+        filled += received
+    return whole
+
+
+def _failure(exc: BaseException) -> tuple[bool, Any]:
+    """Return the outcome of a call that raised ``exc``, which is being handled."""
+    if isinstance(exc, MemoryError):
+        return False, upstream.failed(upstream.TaskMemoryError(repr(exc)))
+    return False, upstream.ExceptionInfo()
+
+
+def _send_outcome(send: Any, job: int, outcome: tuple[bool, Any], private_bytes: int) -> None:
+    try:
+        body = pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL)
+    except Exception as exc:  # noqa: BLE001 - pickling runs foreign code
+        error = upstream.failed(upstream.MaybeEncodingError(exc, outcome[1]))
+        body = pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
+    message = wire.head(wire.DONE, len(body), job, private_bytes)
+    if len(body) < _READ_BYTES:
+        send(message + body)
+    else:
+        send(message)
+        send(body)
+
+
+def _private_bytes(limit: int) -> int:
+    """Return the private memory where it may be above ``limit``, else 0.
+
+    It can not be above the resident memory, which is far cheaper to read.
+    """
+    if not limit or memory.resident_bytes() <= limit:
+        return 0
+    return memory.private_bytes()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            continue  # closed or not there: nothing to lose

@@ -1,0 +1,293 @@
+"""The children as processes: starts them, notices their end, reaps them.
+
+Descriptors, as the worker sees them::
+
+    child.link      one end of a stream socket pair per child; the other end is only in
+                    that child, so its end of file means that the child is gone
+    child.sentinel  pidfd: readable when the process has ended, whatever it left open
+    start method    e.g. the forkserver's socket
+
+Who gets which task is the engine's business; it is told what a child says and when it
+has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from celery.utils.log import get_logger
+
+from memsafe_pool import upstream, wire
+from memsafe_pool.fleet import Child, Fleet, State
+from memsafe_pool.start import Origin, Owner, Spawn, StartMethod
+
+if TYPE_CHECKING:
+    from memsafe_pool.loop import Mailbox
+
+__all__ = ["Crew", "Listener"]
+
+logger = get_logger(__name__)
+
+#: Seconds a child may take to leave once it was told to, before it is killed: its
+#: ``worker_process_shutdown`` handlers run in that time.
+LEAVE_SECONDS = 30.0
+
+#: Seconds after SIGTERM until SIGKILL when the pool is terminated.
+TERMINATE_SECONDS = 10.0
+
+#: The same for a child that has lost its socket and can not be of use any more.
+CUT_OFF_SECONDS = 1.0
+
+
+class Listener(Protocol):
+    """Who is told about children."""
+
+    def on_message(self, child: Child, kind: int, number: int, value: float, payload: memoryview) -> None:
+        """Act on a message of a child, see ``wire``."""
+
+    def on_gone(self, child: Child, exitcode: int | None, *, failed: bool) -> None:
+        """Act on a child's end; ``failed``: it never was ready, and nobody wanted it to end."""
+
+    def on_hopeless(self, reason: str) -> None:
+        """Act on it that no child can be started, now or later."""
+
+
+class Crew:
+    """All children.
+
+    Arguments:
+        origin: What children come from.
+        make_start_method: Makes the way they are started, given this crew.
+        listener: Who is told about them.
+        mailbox: For what the loop and its timers call; those may fire in another thread.
+        start_timeout: Seconds a child may take until it is ready.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        make_start_method: Callable[[Owner, Origin], StartMethod],
+        listener: Listener,
+        mailbox: Mailbox,
+        *,
+        start_timeout: float,
+    ) -> None:
+        self.fleet = Fleet()
+        self.hub: Any = None
+        self.starts = 0
+        self.generation = 0
+        self._origin = origin
+        self._listener = listener
+        self.post = mailbox.post
+        self._start_timeout = start_timeout
+        self.start_method = make_start_method(self, origin)
+
+    def attach(self, hub: Any) -> None:
+        """Use this loop from now on."""
+        self.hub = hub
+        self.start_method.attach()
+        for child in self.fleet.children:
+            self._attach(child)
+
+    def _attach(self, child: Child) -> None:
+        child.link.attach(self.hub, self.post, self._on_readable, child)
+        if child.sentinel >= 0:
+            self.hub.add_reader(child.sentinel, self.post, self._reap, child)
+
+    def pids(self) -> list[int]:
+        """Return the pids of all children."""
+        return list(self.fleet.by_pid)
+
+    # -- start
+
+    def start(self, sender: Any) -> bool:
+        """Start a child; return False if not even its socket could be made.
+
+        Arguments:
+            sender: The sender of ``worker_before_create_process``.
+        """
+        upstream.worker_before_create_process.send(sender=sender)
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as exc:
+            logger.error("A child could not be started: %s", exc)  # noqa: TRY400 - a traceback says no more
+            return False
+        self.starts += 1
+        child = Child(
+            f"{self.start_method.process_name}-{self.starts}",
+            self.fleet.free_index(),
+            ours,
+            born=time.monotonic(),
+            generation=self.generation,
+        )
+        self.fleet.add(child)
+        self._attach(child)
+        self.start_method.start(child, theirs)
+        return True
+
+    def started(self, child: Child, pid: int) -> None:
+        """Say that a child has this pid."""
+        if child.pid or child.state is State.GONE:
+            return
+        child.pid = pid
+        self.fleet.by_pid[pid] = child
+        # Without pidfd_open (before Linux 5.3, macOS) the end of the socket and the tick have to do.
+        with contextlib.suppress(AttributeError, OSError):
+            child.sentinel = os.pidfd_open(pid)
+            self.hub.add_reader(child.sentinel, self.post, self._reap, child)
+        if child.state is State.LEAVING:
+            child.signal(signal.SIGKILL)  # nobody knew whom to signal until now
+
+    def start_failed(self, child: Child, reason: str) -> None:
+        """Say that no process came to be, and why."""
+        child.failure = reason
+        self._gone(child, None)
+
+    def start_withdrawn(self, child: Child) -> None:
+        """Forget a child that was asked for, as nobody knows whether it came to be."""
+        child.expected = True
+        self._gone(child, None)
+
+    def fall_back(self, why: str, waiting: Sequence[tuple[Child, socket.socket]]) -> None:
+        """Start children by spawn from now on, these first."""
+        if self._origin.app_name is None:
+            self._listener.on_hopeless(f"{why} But a fresh interpreter can not import the app")
+            return
+        logger.warning("%s", why)
+        self.start_method = Spawn(self, self._origin)
+        for child, sock in waiting:
+            self.start_method.start(child, sock)
+
+    def renew(self) -> None:
+        """Replace what children are forked from, and let those go that are idle.
+
+        Children of an older generation are to be let go when they have ended their task.
+        """
+        self.generation += 1
+        self.start_method.renew()
+        for child in list(self.fleet.idle):
+            self.let_go(child)
+
+    # -- end
+
+    def let_go(self, child: Child) -> None:
+        """Tell a child without a task to leave."""
+        self.fleet.move(child, State.LEAVING)
+        child.expected = True
+        child.link.send(wire.head(wire.STOP, 0, 0, 0.0))
+        self._kill_after(LEAVE_SECONDS, child)
+
+    def kill(self, child: Child, signum: int, after: float = TERMINATE_SECONDS) -> None:
+        """Make a child end: ``signum`` now, SIGKILL ``after`` seconds."""
+        self.fleet.move(child, State.LEAVING)
+        child.expected = True
+        child.signal_group(signum)
+        if signum != signal.SIGKILL:
+            self._kill_after(after, child)
+
+    def _kill_after(self, seconds: float, child: Child) -> None:
+        self.hub.call_later(seconds, self.post, self._kill_late, child)
+
+    def _kill_late(self, child: Child) -> None:
+        if child.state is not State.GONE:
+            child.signal_group(signal.SIGKILL)
+
+    def stop(self, *, terminate: bool) -> None:
+        """Let all children go, those with a task only if ``terminate``; start no more."""
+        self.start_method.stop()
+        for child in list(self.fleet.children):
+            if child.state is State.STARTING:
+                self.kill(child, signal.SIGKILL)
+            elif child.state is State.IDLE:
+                self.let_go(child)
+            elif terminate:
+                self.kill(child, upstream.TERM_SIGNAL)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no process is left."""
+        return not self.fleet.size and self.start_method.stopped
+
+    def _on_readable(self, child: Child) -> None:
+        if not self._read(child) and child.state is not State.GONE:
+            child.link.stop_reading()
+            self._on_link_ended(child)
+
+    def _read(self, child: Child) -> bool:
+        """Read once and pass it on; return False at the end of the file."""
+        messages = child.link.read()
+        for message in messages or ():
+            self._listener.on_message(child, *message)
+        return messages is not None
+
+    def _on_link_ended(self, child: Child) -> None:
+        """Reap a child whose socket has ended: the process may need a moment to be gone."""
+        if not self._reap(child):
+            self.hub.call_later(0.05, self.post, self._cut_off, child)
+
+    def _cut_off(self, child: Child) -> None:
+        """End a child that has lost its socket, and does not know."""
+        if not self._reap(child) and child.state not in {State.LEAVING, State.GONE}:
+            self.fleet.move(child, State.LEAVING)
+            child.signal_group(signal.SIGTERM)
+            self._kill_after(CUT_OFF_SECONDS, child)
+
+    def _reap(self, child: Child) -> bool:
+        """Take leave of a child if it has ended; return whether it has."""
+        if child.state is State.GONE or not child.pid:
+            return False
+        try:
+            pid, status = os.waitpid(child.pid, os.WNOHANG)
+        except ChildProcessError:
+            pid, status = child.pid, None  # somebody else has reaped it
+        if not pid:
+            return False
+        while messages := child.link.read():  # what it has left behind
+            for message in messages:
+                self._listener.on_message(child, *message)
+        self._gone(child, None if status is None else os.waitstatus_to_exitcode(status))
+        return True
+
+    def _gone(self, child: Child, exitcode: int | None) -> None:
+        if child.state is State.GONE:
+            return
+        failed = child.state is State.STARTING and not child.expected
+        child.link.close()
+        if child.sentinel >= 0:
+            self.hub.remove(child.sentinel)
+            os.close(child.sentinel)
+            child.sentinel = -1
+        self.fleet.move(child, State.GONE)
+        _log_end(child, exitcode, failed=failed)
+        self._listener.on_gone(child, exitcode, failed=failed)
+
+    def tick(self, now: float) -> None:
+        """Look at the clock for children that are late."""
+        for child in list(self.fleet.starting_children):
+            if now - child.born > self._start_timeout:
+                child.failure = f"not ready after {self._start_timeout:g} s (memsafe_start_timeout)"
+                if not child.signal(signal.SIGKILL):
+                    self.start_method.give_up(child)
+                    self._gone(child, None)
+        for child in [child for child in self.fleet.children if child.sentinel < 0]:
+            self._reap(child)
+        self.start_method.tick(now)
+
+
+def _log_end(child: Child, exitcode: int | None, *, failed: bool) -> None:
+    if child.expected:
+        logger.debug("%s ended: %s", child, exitcode)
+    elif failed:
+        how = child.failure or f"it ended before it was ready: {upstream.human_status(exitcode)}"
+        logger.error("%s (pid %s) failed to start: %s", child.name, child.pid or "none", how)
+    elif exitcode:
+        # Stock's words: people have alerts on them.
+        logger.error(
+            "Process %r pid:%r exited with %r", child.name, child.pid, upstream.human_status(exitcode)
+        )

@@ -1,0 +1,220 @@
+"""The pool as Celery sees it.
+
+The module has this name because Celery looks at it: the Django fix-up and
+``celery.contrib.testing`` treat a pool whose module is called ``prefork`` as one that
+runs tasks in processes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from celery.exceptions import ImproperlyConfigured
+from celery.utils.imports import cwd_in_path
+from click import ClickException, get_current_context
+
+from memsafe_pool import child, forkserver, fresh, settings, start, upstream
+from memsafe_pool.engine import Engine
+from memsafe_pool.start_forkserver import Forkserver
+
+__all__ = ["Pool", "PoolConfigurationError"]
+
+
+_METHODS: dict[str, Callable[[start.Owner, start.Origin], start.StartMethod]] = {
+    "forkserver": Forkserver,
+    "spawn": start.Spawn,
+    "fork": start.Fork,
+}
+
+
+class PoolConfigurationError(ImproperlyConfigured, ClickException):  # type: ignore[misc]
+    """A setting is wrong; the ``celery`` command shows it as one sentence."""
+
+    def __init__(self, message: str) -> None:
+        ClickException.__init__(self, message)
+
+
+class Pool(upstream.TaskPool):  # type: ignore[misc]
+    """A drop-in for prefork whose children start on demand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(os, "fork"):
+            raise PoolConfigurationError("memsafe_pool needs Linux, macOS or another Unix; this is none.")
+        self._app_name = fresh.find_app(self.app)
+        try:
+            self.settings = settings.load(self.app.conf, os.environ)
+            self._method = self._check(self.settings)
+        except settings.SettingError as exc:
+            raise PoolConfigurationError(str(exc)) from None
+        self._pool: Engine | None = None
+
+    def _check(self, chosen: settings.Settings) -> str:
+        """Refuse what is wrong only here and now; return the start method to use."""
+        method = chosen.start_method
+        if method == "auto":
+            # Celery's own option asks for spawn by saying that forking is not enabled.
+            method = "forkserver" if sys.platform == "linux" and self.forking_enable else "spawn"
+        most = max(self.limit or 0, _autoscale_maximum())
+        if most and chosen.min_children > most:
+            raise settings.SettingError(
+                "memsafe_min_children", chosen.min_children, f"at most the concurrency, which is {most}"
+            )
+        for module in chosen.preload:
+            if not _exists(module):
+                raise settings.SettingError(
+                    "memsafe_preload",
+                    list(chosen.preload),
+                    f"names of modules that exist: {module!r} does not",
+                )
+        if method == "forkserver" and sys.platform != "linux":
+            raise settings.SettingError("memsafe_start_method", method, "'auto', 'spawn' or 'fork' here")
+        if method == "fork" and chosen.child_env:
+            raise settings.SettingError(
+                "memsafe_child_env", chosen.child_env, "empty with memsafe_start_method='fork'"
+            )
+        if self._app_name is None and (method == "spawn" or chosen.child_env):
+            name = "memsafe_start_method" if method == "spawn" else "memsafe_child_env"
+            raise settings.SettingError(
+                name,
+                method if method == "spawn" else chosen.child_env,
+                "left alone for an app that a fresh interpreter can not import: one that -A does not "
+                "name, and that is no attribute of a module",
+            )
+        return method
+
+    def on_start(self) -> None:
+        """Make the engine; no child is started."""
+        descriptors = forkserver.open_descriptors()
+        options = self.options
+        app, hostname = options["initargs"]
+        memory_kib = options.get("max_memory_per_child") or 0
+        origin = start.Origin(
+            app=app,
+            terms=child.Terms(
+                worker_pid=os.getpid(),
+                hostname=hostname,
+                index=0,
+                name="",
+                max_private_bytes=memory_kib * 1024,
+            ),
+            app_name=self._app_name,
+            preload=self.settings.preload,
+            child_env=self.settings.child_env,
+            descriptors=descriptors,
+        )
+        pool = self._pool = Engine(
+            origin,
+            _METHODS[self._method],
+            bound=self.limit,
+            threaded=options.get("threads", True),
+            semaphore=options.get("semaphore"),
+            limits=(options.get("soft_timeout"), options.get("timeout")),
+            start_timeout=self.settings.start_timeout,
+            min_children=self.settings.min_children,
+            idle_timeout=self.settings.idle_timeout,
+            max_tasks=options.get("maxtasksperchild"),
+            max_private_bytes=memory_kib * 1024 or None,
+        )
+        pool.begin()
+        self.on_apply = pool.apply_async
+        self.terminate_job = pool.terminate_job
+        self.grow = pool.grow
+        self.shrink = pool.shrink
+        self.flush = pool.flush
+
+    def on_stop(self) -> None:
+        """Wait until running tasks have ended."""
+        if self._pool is not None and self._pool.interrupted:
+            # Cold shutdown stops the pool in a signal handler. What that has interrupted can
+            # not go on before it returns, and may be what it would wait for. Celery
+            # terminates the pool right after.
+            self._pool.close()
+        else:
+            super().on_stop()
+
+    def restart(self) -> None:
+        """Replace all children, running tasks first."""
+        if self._pool is not None:
+            self._pool.restart()
+
+    def did_start_ok(self) -> bool:
+        """No child has started yet, so none has failed."""
+        return True
+
+    def maintain_pool(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the engine looks after its children itself."""
+
+    def register_with_event_loop(self, loop: Any) -> None:
+        """Run on Celery's event loop."""
+        if self._pool is not None:
+            self._pool.register_with_event_loop(loop)
+
+    @property
+    def num_processes(self) -> int:
+        """Upper bound of the number of children: what ``-c`` and autoscale move."""
+        return self.limit if self._pool is None else self._pool.supervisor.bound
+
+    def _get_info(self) -> dict[str, Any]:
+        pool = self._pool
+        if pool is None:
+            return {"max-concurrency": self.limit}
+        fleet = pool.fleet
+        return {
+            "implementation": f"{type(self).__module__}:{type(self).__name__}",
+            "max-concurrency": self.num_processes,
+            "processes": pool.crew.pids(),
+            "max-tasks-per-child": pool.supervisor.max_tasks or "N/A",
+            "put-guarded-by-semaphore": self.putlocks,
+            "timeouts": tuple(limit or 0 for limit in pool.limits),
+            "writes": _writes(pool),
+            "memsafe": {
+                "start_method": pool.crew.start_method.name,
+                "forkserver": getattr(pool.crew.start_method, "pid", None) or None,
+                "children": fleet.size,
+                "idle": len(fleet.idle),
+                "busy": fleet.busy,
+                "starting": fleet.starting,
+                "waiting": len(pool.waiting),
+                "starts": pool.crew.starts,
+                "retired": pool.retired,
+                "tasks": pool.tasks,
+            },
+        }
+
+
+def _writes(pool: Engine) -> dict[str, Any]:
+    """Return the field that shows how tasks were spread over the living children."""
+    tasks = [child.tasks for child in pool.fleet.children]
+    total = sum(tasks)
+    shares = [f"{count / total if total else 0:.2f}" for count in tasks]
+    return {
+        "total": pool.tasks,
+        "avg": f"{1 / len(tasks) if total else 0:.2f}",
+        "all": ", ".join(shares),
+        "raw": ", ".join(map(str, tasks)),
+        "strategy": "fair",
+        "inqueues": {
+            "total": len(tasks),
+            "active": sum(1 for child in pool.fleet.children if child.link.writing),
+        },
+    }
+
+
+def _autoscale_maximum() -> int:
+    """Return the upper end of ``--autoscale``, which Celery does not tell the pool; 0 without it."""
+    context = get_current_context(silent=True)
+    autoscale = context.params.get("autoscale") if context is not None else None
+    return max(autoscale) if autoscale else 0
+
+
+def _exists(module: str) -> bool:
+    try:
+        with cwd_in_path():
+            return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

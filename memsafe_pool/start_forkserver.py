@@ -1,0 +1,341 @@
+"""The worker's side of the forkserver: begin it, ask it for children, replace it.
+
+See ``forkserver`` for what runs in that process and for who reaps whom. The two speak
+over one SEQPACKET socket pair: a request is one message with the child's end of a
+socket pair attached, an answer is one message.
+
+What happens when the forkserver dies: requests it had not answered are taken back (the
+child's socket is closed, so that one which was forked all the same ends by itself), the
+supervisor asks again for what is still needed, and a new forkserver is begun: first the
+new one, then the taking back, as that leads to new requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from celery.utils.log import get_logger
+
+from memsafe_pool import forkserver, native, start
+from memsafe_pool.fleet import Child, State
+
+__all__ = ["Forkserver"]
+
+logger = get_logger(__name__)
+
+#: Seconds a forkserver may take to end once its socket is closed, before it is killed.
+STOP_SECONDS = 5.0
+
+
+class Forkserver:
+    """Children are forked by a process that does nothing else."""
+
+    name = "forkserver"
+    process_name = "ForkServerPoolWorker"
+
+    def __init__(self, owner: start.Owner, origin: start.Origin) -> None:
+        self.owner = owner
+        self.origin = origin
+        self.pid = 0
+        self.ready = False
+        self._sock: socket.socket | None = None
+        self._waiting: deque[tuple[Child, socket.socket]] = deque()
+        self._asked: dict[int, Child] = {}
+        self._numbers = itertools.count(1)
+        self._ending: dict[int, float] = {}
+        self._adoption = _Adoption()
+
+    # -- begin and end
+
+    def begin(self) -> None:
+        """Begin as a fork of the worker where that is safe, else as a fresh interpreter."""
+        try:
+            self._adoption.open()
+            self._adoption.close()
+        except OSError as exc:
+            return self.owner.fall_back(
+                f"The forkserver can not be used here ({exc}): children start by spawn instead.", []
+            )
+        threads = [
+            thread.name for thread in threading.enumerate() if thread is not threading.current_thread()
+        ]
+        can_be_fresh = self.origin.app_name is not None
+        if can_be_fresh and (threads or self.origin.child_env):
+            return self._begin_fresh()
+        if threads:
+            logger.warning(
+                "The forkserver is forked from a process with other threads (%s), because a fresh "
+                "interpreter could not import the app: it is no module's attribute.",
+                ", ".join(threads),
+            )
+        self._begin_as_fork()
+        if can_be_fresh and forkserver.settled_thread_count() > 1:
+            logger.info("The forkserver begins as a fresh interpreter: a library has started threads here.")
+            self._part()
+            self._begin_fresh()
+        return None
+
+    def renew(self) -> None:
+        """Replace the process, so that children have the code as it is now."""
+        asked = self._part()
+        self._begin_again()
+        self._withdraw(asked)
+
+    def stop(self) -> None:
+        """Let the process end, and take back what it was or would have been asked."""
+        asked = self._part()
+        while self._waiting:
+            child, sock = self._waiting.popleft()
+            sock.close()
+            asked.append(child)
+        self._withdraw(asked)
+
+    def give_up(self, child: Child) -> None:
+        """End a forkserver that does not answer: the next one may."""
+        if self.pid:
+            logger.warning("The forkserver (pid %s) does not answer, and is killed.", self.pid)
+            os.kill(self.pid, signal.SIGKILL)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no process is left."""
+        self._reap(time.monotonic())
+        return not self._ending and not self.pid
+
+    def _begin_again(self) -> None:
+        if self._sock is not None:
+            return
+        try:
+            if self.origin.app_name is not None:
+                self._begin_fresh()
+            else:
+                self._begin_as_fork()
+        except OSError as exc:
+            self._fail_waiting(f"the forkserver could not be started: {exc}")
+
+    def _begin_as_fork(self) -> None:
+        self._begin_with(
+            lambda sock: forkserver.begin_as_fork(self.origin.app, self._role, sock, self.origin.descriptors)
+        )
+
+    def _begin_fresh(self) -> None:
+        self._begin_with(lambda sock: self.origin.start_interpreter(sock, self._role))
+
+    def _begin_with(self, begin: Callable[[socket.socket], int]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                pid = begin(theirs)
+            except BaseException:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        self.pid, self._sock, self.ready = pid, ours, False
+        self.attach()
+
+    @property
+    def _role(self) -> forkserver.Role:
+        return forkserver.Role(self.origin.terms, self.origin.preload)
+
+    def attach(self) -> None:
+        """Register with the owner's event loop."""
+        if self._sock is not None and self.owner.hub is not None:
+            self.owner.hub.add_reader(self._sock.fileno(), self.owner.post, self._on_readable)
+
+    def _part(self) -> list[Child]:
+        """Part with the process, whether it lives or not; return what it has not answered."""
+        if self._sock is not None:
+            if self.owner.hub is not None:
+                self.owner.hub.remove(self._sock.fileno())
+            self._sock.close()
+        if self.pid:
+            self._ending[self.pid] = time.monotonic() + STOP_SECONDS
+        self._sock, self.pid, self.ready = None, 0, False
+        self._adoption.close(known=[*self.owner.pids(), *self._ending])
+        asked, self._asked = list(self._asked.values()), {}
+        return asked
+
+    # -- children
+
+    def start(self, child: Child, sock: socket.socket) -> None:
+        """Ask for a child now, or when the forkserver is ready for it."""
+        self._waiting.append((child, sock))
+        if self._sock is None:
+            self._begin_again()
+        self._ask()
+
+    def _withdraw(self, children: Sequence[Child]) -> None:
+        for child in children:
+            if not child.pid:
+                self.owner.start_withdrawn(child)
+
+    def _ask(self) -> None:
+        while self._waiting and self.ready and self._sock is not None:
+            child, sock = self._waiting[0]
+            if child.state is not State.STARTING:
+                self._waiting.popleft()
+                sock.close()
+                continue
+            number = next(self._numbers)
+            request = pickle.dumps((number, child.name, child.index))
+            try:
+                self._adoption.open()
+                socket.send_fds(self._sock, [request], [sock.fileno()])
+            except BlockingIOError:
+                return  # it is busy: its next answer, or the next tick, comes back here
+            except OSError:
+                return  # it is dead: the end of its socket is on its way
+            self._asked[number] = child
+            self._waiting.popleft()
+            sock.close()
+
+    def _on_readable(self) -> None:
+        while self._sock is not None:
+            try:
+                data = self._sock.recv(forkserver.MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if data:
+                self._on_message(*pickle.loads(data))
+            else:
+                self._on_death()
+
+    def _on_message(self, kind: str, *rest: object) -> None:
+        match kind, rest:
+            case forkserver.READY, (int(),):
+                self.ready = True
+                logger.debug("Forkserver ready (pid %s)", self.pid)
+            case forkserver.REFUSED, (str(why),):
+                self._on_refusal(why)
+            case forkserver.FAILED, (str(trace),):
+                self._on_failure(trace)
+            case _:
+                self._on_birth(kind, *rest)
+        self._ask()
+
+    def _on_birth(self, kind: str, request: object = None, result: object = None) -> None:
+        """Take note of what became of a request."""
+        if kind == forkserver.LOST:
+            # Requests are taken in order, so it is the oldest, if it is one at all.
+            request = next(iter(self._asked), None)
+        child = self._asked.pop(cast("int", request), None)
+        if child is not None:
+            if kind == forkserver.FORKED:
+                self.owner.started(child, cast("int", result))
+            elif kind == forkserver.FORK_FAILED:
+                why = os.strerror(cast("int", result))
+                self.owner.start_failed(child, f"the forkserver could not fork: {why}")
+            else:
+                self._withdraw([child])
+        if not self._asked:
+            self._adoption.close(known=[*self.owner.pids(), *self._ending, self.pid])
+
+    def _on_death(self) -> None:
+        was_ready, pid = self.ready, self.pid
+        asked = self._part()
+        logger.warning("The forkserver (pid %s) has died; running children are not concerned.", pid)
+        if was_ready:
+            self._begin_again()
+        else:
+            self._fail_waiting(f"the forkserver (pid {pid}) died before it was ready")
+        self._withdraw(asked)
+
+    def _on_refusal(self, why: str) -> None:
+        self._part()
+        waiting, self._waiting = list(self._waiting), deque()
+        self.owner.fall_back(
+            f"The forkserver must not fork: {why}. Children start by spawn instead, which costs more memory; "
+            "start such threads from a worker_process_init handler, or set memsafe_start_method='spawn'.",
+            waiting,
+        )
+
+    def _on_failure(self, trace: str) -> None:
+        self._part()
+        self._fail_waiting(f"the forkserver could not begin:\n{trace}")
+
+    def _fail_waiting(self, reason: str) -> None:
+        waiting, self._waiting = list(self._waiting), deque()
+        for child, sock in waiting:
+            sock.close()
+            self.owner.start_failed(child, reason)
+        if not waiting:
+            logger.error("Children can not start: %s", reason)
+
+    # -- time
+
+    def tick(self, now: float) -> None:
+        """Ask again where the forkserver had no room, and reap."""
+        self._ask()
+        self._reap(now)
+        self._adoption.reap()
+
+    def _reap(self, now: float) -> None:
+        for pid, deadline in list(self._ending.items()):
+            if _reaped(pid):
+                del self._ending[pid]
+            elif now > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+class _Adoption:
+    """The time during which the worker adopts orphans.
+
+    A subreaper also adopts what tasks have left behind. Such processes become children of
+    the worker that nobody waits for; those that came while the flag was set are
+    remembered, and reaped when they end.
+    """
+
+    def __init__(self) -> None:
+        self._open = False
+        self._before = False
+        self._orphans: set[int] = set()
+
+    def open(self) -> None:
+        if not self._open:
+            self._before = native.get_child_subreaper()
+            native.set_child_subreaper(True)
+            self._known_before = _own_children()
+            self._open = True
+
+    def close(self, known: list[int] | None = None) -> None:
+        if self._open:
+            native.set_child_subreaper(self._before)
+            self._open = False
+            if known is not None:
+                self._orphans |= _own_children() - self._known_before - set(known)
+
+    def reap(self) -> None:
+        for pid in list(self._orphans):
+            if _reaped(pid):
+                self._orphans.discard(pid)
+
+
+def _reaped(pid: int) -> bool:
+    """Reap a child if it has ended; return whether it is gone, whoever has reaped it."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def _own_children() -> set[int]:
+    """Return the pids of this process's children; empty where the kernel does not say."""
+    pids: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            pids.update(map(int, (task / "children").read_text().split()))
+    return pids

@@ -1,0 +1,49 @@
+"""Soft and hard time limits of running jobs.
+
+The clock starts when the child accepts the job. A soft limit raises
+``SoftTimeLimitExceeded`` in the task, a hard one ends the child.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memsafe_pool.job import Job
+
+__all__ = ["TimeLimits"]
+
+
+class TimeLimits:
+    """Watches the next limit of each job.
+
+    Arguments:
+        on_limit: Called with the job and whether it is the soft limit that has passed.
+    """
+
+    def __init__(self, on_limit: Callable[[Job, bool], None]) -> None:
+        self._on_limit = on_limit
+        self._hub: Any = None
+
+    def attach(self, hub: Any, jobs: Iterable[Job]) -> None:
+        """Use the timer of ``hub``, also for these jobs, which are running."""
+        if hub is not self._hub:
+            self._hub = hub
+            for job in jobs:
+                self.watch(job)
+
+    def watch(self, job: Job) -> None:
+        """Wait for the job's next limit, if it has one."""
+        self.forget(job)
+        limit = job.next_limit()
+        if limit is not None:
+            at, soft = limit
+            job.timer = self._hub.call_later(max(at - time.monotonic(), 0.0), self._on_limit, job, soft)
+
+    def forget(self, job: Job) -> None:
+        """Wait for nothing."""
+        if job.timer is not None:
+            job.timer.cancel()
+            job.timer = None

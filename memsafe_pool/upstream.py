@@ -1,0 +1,280 @@
+"""What this package uses of Celery's and billiard's inner parts, all in one place.
+
+Everything else in the package uses documented interfaces only. The names are looked
+up when this module is imported, so that a release that moved one of them says so at
+the start of the worker and not in the middle of a task.
+
+Celery 5.4 to 5.7, billiard 4.2 and 4.3.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import billiard
+import celery
+
+try:
+    from billiard.common import TERM_SIGNAL, human_status
+    from billiard.context import Process
+    from billiard.einfo import ExceptionInfo
+    from billiard.exceptions import SoftTimeLimitExceeded, Terminated, TimeLimitExceeded, WorkerLostError
+    from billiard.pool import CLOSE, RUN, TERMINATE, MaybeEncodingError
+    from billiard.process import _children as _billiard_children
+    from billiard.process import _set_current_process
+    from billiard.util import _finalizer_registry, _run_after_forkers
+    from celery._state import _set_task_join_will_block, set_default_app
+    from celery.app import trace
+    from celery.app.trace import build_tracer, fast_trace_task, trace_task_ret
+    from celery.concurrency.prefork import WORKER_SIGIGNORE, WORKER_SIGRESET, TaskPool
+    from celery.local import PromiseProxy, Proxy
+    from celery.platforms import set_mp_process_title, signals
+    from celery.signals import (
+        worker_before_create_process,
+        worker_process_init,
+        worker_process_shutdown,
+    )
+    from celery.worker import state as worker_state
+except ImportError as exc:
+    raise ImportError(
+        f"memsafe_pool works with Celery 5.4 to 5.7; the installed Celery {celery.__version__} with "
+        f"billiard {billiard.__version__} lacks something it needs: {exc}"
+    ) from exc
+
+__all__ = [
+    "CLOSE",
+    "RUN",
+    "TERMINATE",
+    "TERM_SIGNAL",
+    "ExceptionInfo",
+    "MaybeEncodingError",
+    "SoftTimeLimitExceeded",
+    "TaskMemoryError",
+    "TaskPool",
+    "Terminated",
+    "TimeLimitExceeded",
+    "WorkerLostError",
+    "become_child",
+    "build_tracers",
+    "config_changes",
+    "dump_task",
+    "failed",
+    "human_status",
+    "install_django_fixup",
+    "is_cold_shutdown",
+    "is_revoked",
+    "prepare_app",
+    "prepare_process",
+    "send_process_init",
+    "send_process_shutdown",
+    "shield_worker",
+    "stop_worker",
+    "undecodable",
+    "unproxied",
+    "worker_before_create_process",
+]
+
+_PROXIES = (Proxy, PromiseProxy)
+_TRACERS = (fast_trace_task, trace_task_ret)
+
+
+class TaskMemoryError(Exception):
+    """Stands for a task's MemoryError on its way to the worker; its argument is the text of that.
+
+    Celery's ``Request.on_failure`` raises a MemoryError again in the worker, which ends
+    it. The caller of the task gets the MemoryError itself: the child has stored it.
+    """
+
+    def __repr__(self) -> str:
+        return str(self.args[0])
+
+
+def failed(exc: BaseException) -> ExceptionInfo:
+    """Return what Celery's error callbacks take, for an exception made by us."""
+    try:
+        raise exc from None
+    except type(exc):
+        return ExceptionInfo()
+
+
+def dump_task(function: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
+    """Pickle a call for a child.
+
+    Celery's two trace functions take the task's arguments from the message body and
+    put them into the request themselves, so the decoded copy need not travel as well:
+    that halves the bytes of a call with large arguments.
+    """
+    if function in _TRACERS:
+        name, task_id, request, *body = args
+        args = (
+            name,
+            task_id,
+            {key: value for key, value in request.items() if key not in {"args", "kwargs"}},
+            *body,
+        )
+    return pickle.dumps((function, args, kwargs), pickle.HIGHEST_PROTOCOL)
+
+
+def unproxied(value: Any) -> Any:
+    """Return what a proxy such as ``current_app`` stands for; anything else as it is."""
+    return value._get_current_object() if type(value) in _PROXIES else value
+
+
+def is_revoked(task_id: str | None) -> bool:
+    """Whether the worker was told to revoke this task."""
+    return task_id in worker_state.revoked
+
+
+def is_cold_shutdown() -> bool:
+    """Whether the worker shuts down without waiting for tasks."""
+    return worker_state.should_terminate not in {None, False}
+
+
+def stop_worker(exitcode: int) -> None:
+    """Ask the worker to shut down, running tasks first, and to exit with ``exitcode``."""
+    worker_state.should_stop = exitcode
+
+
+def config_changes(app: Any) -> dict[str, bytes]:
+    """Return what was changed in the app's configuration at run time and can be pickled.
+
+    These are, among others, changes from the command line and from ``celeryd_init``
+    handlers; a fresh interpreter that imports the app would not have them.
+    """
+    changes = {}
+    for key, value in dict(app.conf.changes).items():
+        try:
+            changes[key] = pickle.dumps(value)
+        except Exception:  # noqa: BLE001, S112 - pickling runs foreign code; the child has its own value
+            continue
+    return changes
+
+
+def become_child(name: str, index: int | None, parent_pid: int) -> None:
+    """Make billiard and the logging module see this process as pool process ``name``.
+
+    Called in the forkserver and in each child, before any other code of Celery runs.
+    """
+    if sys.stdin is not None:
+        try:
+            sys.stdin.close()
+        except (OSError, ValueError):
+            pass  # it was closed already, which is what is wanted
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - stays open for the life of the process
+    process = Process(name=name)
+    process.daemon = True
+    process._parent_pid = parent_pid
+    if index is not None:
+        process.index = index
+    _set_current_process(process)
+    _billiard_children.clear()
+    _finalizer_registry.clear()
+    _run_after_forkers()
+
+
+def build_tracers(app: Any, hostname: str) -> None:
+    """Build the functions that run tasks.
+
+    They are the larger part of what there is to prepare, so the worker does this before it
+    forks the forkserver: memory that both have written to is not shared.
+    """
+    for name, task in app.tasks.items():
+        task.__trace__ = build_tracer(name, task, app.loader, hostname, app=app)
+
+
+def prepare_app(app: Any, hostname: str, *, fresh: bool) -> None:
+    """Do what each child needs of Celery and what can be done once for all of them.
+
+    Runs in the forkserver, or in a child that was not forked from one. ``fresh``: this
+    process is a new interpreter that imported the app.
+    """
+    _set_task_join_will_block(True)
+    app.loader.init_worker()
+    if not _logs_per_child():
+        _set_up_logging(app, hostname)
+    if fresh:
+        trace.setup_worker_optimizations(app, hostname)
+        build_tracers(app, hostname)
+    else:
+        app.set_current()
+        set_default_app(app)
+        trace._tasks = app._tasks
+    worker_state.reset_state()
+
+
+def prepare_process(app: Any, hostname: str) -> None:
+    """Do what each child needs of Celery and what cannot be done before it exists."""
+    signals.reset(*WORKER_SIGRESET)
+    signals.ignore(*WORKER_SIGIGNORE)
+    set_mp_process_title("celeryd", hostname=hostname)
+    app.loader.init_worker_process()
+    if _logs_per_child():
+        app.log.already_setup = False
+        _set_up_logging(app, hostname)
+    for name, task in app.tasks.items():
+        # A tracer remembers the pid of the process that built it, for the STARTED state.
+        if task.track_started:
+            task.__trace__ = build_tracer(name, task, app.loader, hostname, app=app)
+
+
+def send_process_init(hostname: str) -> None:
+    """Send ``worker_process_init`` in a child."""
+    worker_process_init.send(sender=hostname)
+
+
+def send_process_shutdown(hostname: str, exitcode: int) -> None:
+    """Send ``worker_process_shutdown`` in a child."""
+    worker_process_shutdown.send(sender=hostname, pid=os.getpid(), exitcode=exitcode)
+
+
+def _logs_per_child() -> bool:
+    return "%i" in os.environ.get("CELERY_LOG_FILE", "").lower()
+
+
+def _set_up_logging(app: Any, hostname: str) -> None:
+    app.log.setup(
+        int(os.environ.get("CELERY_LOG_LEVEL") or 0),
+        os.environ.get("CELERY_LOG_FILE") or None,
+        bool(os.environ.get("CELERY_LOG_REDIRECT")),
+        str(os.environ.get("CELERY_LOG_REDIRECT_LEVEL")),
+        hostname=hostname,
+    )
+
+
+def install_django_fixup(app: Any) -> None:
+    """Connect Django's database handling in a fresh interpreter.
+
+    Celery connects it when the worker starts, by ``worker_init``, which is not sent in
+    other processes. A forked child inherits it.
+    """
+    for fixup in getattr(app, "_fixups", None) or ():
+        worker_fixup = getattr(fixup, "worker_fixup", None)
+        if worker_fixup is not None:
+            worker_fixup.worker = SimpleNamespace(pool_cls="memsafe_pool.prefork", app=app)
+            worker_fixup.install()
+
+
+def undecodable(function: Any, exc: Exception) -> tuple[bool, Any]:
+    """Return the outcome of a call whose real outcome can not be unpickled in the worker.
+
+    A task of Celery's has its result stored by the child: that one stays.
+    """
+    error = failed(MaybeEncodingError(exc, "what the child sent"))
+    return (True, (1, error, 0.0)) if function in _TRACERS else (False, error)
+
+
+def shield_worker(value: Any) -> Any:
+    """Return what a tracer returned, with a MemoryError of the task in a form the worker survives.
+
+    Runs in the child, where Celery's tracer has stored the MemoryError as the task's result.
+    """
+    match value:
+        case 1, ExceptionInfo() as einfo, _ if isinstance(einfo.exception, MemoryError):
+            einfo.exception = TaskMemoryError(repr(einfo.exception))
+            einfo.type = TaskMemoryError
+    return value

@@ -1,0 +1,153 @@
+"""The forkserver killed, stopped and robbed of its helpers: no running child notices, no task is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+
+import psutil
+import pytest
+from harness import processes
+
+pytestmark = pytest.mark.ours_only("a forkserver")
+
+
+@pytest.fixture(scope="module", params=["begun as a fork", "begun fresh"])
+def worker(start_module_worker, broker_kind, request):
+    """Each child runs one task, so that the forkserver is asked all the time."""
+    config = {"worker_max_tasks_per_child": 1, "worker_prefetch_multiplier": 4}
+    if request.param == "begun fresh":
+        config["memsafe_child_env"] = {"SOMETHING": "1"}
+    return start_module_worker(
+        "faulty", start_method="forkserver", broker=broker_kind, config=config, concurrency=4
+    )
+
+
+def counts(worker):
+    return worker.stats()["pool"]["memsafe"]
+
+
+def forkserver(worker):
+    """The pid of the forkserver; waits until there is one."""
+    return worker.until(lambda: counts(worker)["forkserver"], "a forkserver")
+
+
+def all_run_once(worker, tally, results):
+    for result in results:
+        worker.get(result)
+    assert set(tally.runs().values()) == {1}
+
+
+def settled(worker):
+    """Wait until nothing is left but the worker and one forkserver."""
+
+    def is_settled():
+        pid = counts(worker)["forkserver"]
+        return worker.pids() - {worker.pid} <= {pid, *processes.children(pid)} if pid else False
+
+    worker.until(is_settled, "the worker to have a forkserver and nothing else", timeout=20)
+    assert not processes.zombies(worker.pid)
+    assert len(processes.children(worker.pid)) == 1
+
+
+def test_while_nothing_happens(worker, tally):
+    """A new one begins by itself, the old one is reaped, and the next task runs."""
+    all_run_once(worker, tally, [worker.call("faulty.count", tally.path, "before")])
+    before = forkserver(worker)
+    processes.kill(before)
+    worker.until(lambda: counts(worker)["forkserver"] not in (None, before), "a new forkserver")
+    worker.wait_for_log(rf"forkserver \(pid {before}\) has died")
+    all_run_once(worker, tally, [worker.call("faulty.count", tally.path, "after")])
+    settled(worker)
+
+
+def test_while_tasks_run(worker):
+    """Running children keep their parent, their tasks and their results."""
+    gate = worker.gate()
+    results = [worker.call("faulty.hold", gate.path) for _ in range(4)]
+    children = gate.wait_started(4)
+    before = forkserver(worker)
+    processes.kill(before)
+    worker.until(lambda: counts(worker)["forkserver"] not in (None, before), "a new forkserver")
+    for child in children.values():
+        assert psutil.Process(child).ppid() == worker.pid
+        assert processes.is_alive(child)
+    gate.open()
+    assert {result.id: worker.get(result) for result in results} == children
+    settled(worker)
+
+
+def test_while_it_is_asked(worker, tally):
+    """Killed at random moments of a burst, round after round: every task runs, once."""
+    moments = random.Random(2)
+    pause = threading.Event()
+    for number in range(5):
+        results = [worker.call("faulty.count", tally.path, f"{number}.{task}") for task in range(6)]
+        pause.wait(moments.choice([0, 0.01, 0.03, 0.06, 0.1]))
+        processes.kill(forkserver(worker))
+        all_run_once(worker, tally, results)
+    assert len(tally.runs()) == 30
+    settled(worker)
+
+
+def test_again_and_again(worker, tally):
+    """Killed as soon as there is a new one, also before that is ready; then work goes on."""
+    seen = set()
+    for _ in range(4):
+        before = forkserver(worker)
+        seen.add(before)
+        processes.kill(before)
+        worker.until(lambda before=before: counts(worker)["forkserver"] != before, "its end to be noticed")
+        all_run_once(worker, tally, [worker.call("faulty.count", tally.path, f"after{before}")])
+    assert len(seen) == 4
+    settled(worker)
+
+
+def test_stopped_and_killed(worker, tally):
+    """Stopped by SIGSTOP while tasks wait for children, then killed: the tasks run."""
+    before = forkserver(worker)
+    os.kill(before, signal.SIGSTOP)
+    results = [worker.call("faulty.count", tally.path, str(number)) for number in range(4)]
+    worker.until(lambda: counts(worker)["starting"] > 0, "the forkserver to be asked")
+    processes.kill(before)
+    all_run_once(worker, tally, results)
+    settled(worker)
+
+
+def test_its_helpers_are_killed(worker, tally):
+    """The processes between forkserver and child are killed whenever there are any: every task runs, once."""
+    stop = threading.Event()
+    killed = []
+
+    def hunt():
+        while not stop.wait(0.005):
+            killed.append(processes.kill(*processes.children(pid)))
+
+    pid = forkserver(worker)
+    hunter = threading.Thread(target=hunt)
+    hunter.start()
+    try:
+        results = [worker.call("faulty.count", tally.path, str(number)) for number in range(12)]
+        worker.until(lambda: sum(killed) > 10, "some helpers to be killed")
+    finally:
+        stop.set()
+        hunter.join()
+    all_run_once(worker, tally, results)
+    assert len(tally.runs()) == 12
+    settled(worker)
+
+
+def test_a_forkserver_that_hangs_is_replaced(start_worker, tally):
+    """One that is stopped for good: after the start timeout there is another one, and the task runs."""
+    worker = start_worker("faulty", start_method="forkserver", config={"memsafe_start_timeout": 2})
+    hanging = forkserver(worker)
+    os.kill(hanging, signal.SIGSTOP)
+    try:
+        assert worker.run("faulty.count", tally.path, "a") > 0
+        assert tally.runs() == {"a": 1}
+        assert forkserver(worker) != hanging
+    finally:
+        processes.kill(hanging)
+    worker.until(lambda: not processes.zombies(worker.pid), "the one that hung to be reaped")

@@ -1,0 +1,112 @@
+"""Older kernels, other platforms, installations without a compiler: what is missing is done without."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from billiard.exceptions import WorkerLostError
+from harness import processes
+
+pytestmark = pytest.mark.ours_only("how this pool takes faults")
+
+#: Each is a module that the interpreter imports by itself at its start.
+WITHOUT = {
+    "no pidfd_open": """
+import os
+del os.pidfd_open
+""",
+    "no extension": """
+import sys
+sys.modules["memsafe_pool._native"] = None
+""",
+}
+
+
+def prepare_without(worker, missing):
+    """Let this module be imported by every interpreter of the worker."""
+    (worker.folder / "sitecustomize.py").write_text(WITHOUT[missing])
+    worker.env["PYTHONPATH"] = os.pathsep.join([str(worker.folder), worker.env["PYTHONPATH"]])
+
+
+@pytest.fixture(scope="module", params=WITHOUT)
+def missing(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def worker(start_module_worker, start_method, missing):
+    return start_module_worker(
+        "faulty",
+        start_method=start_method,
+        prepare=lambda worker: prepare_without(worker, missing),
+        concurrency=3,
+    )
+
+
+def test_it_is_really_missing(worker, missing):
+    """The children know that it is: otherwise the other tests say nothing."""
+    name = {"no pidfd_open": "os.pidfd_open", "no extension": "memsafe_pool.native.HAVE_EXTENSION"}[missing]
+    assert worker.run("faulty.value_of", name) in ("AttributeError", False)
+
+
+def test_tasks_run(worker, tally):
+    """As ever, each once."""
+    results = [worker.call("faulty.count", tally.path, f"t{number}") for number in range(30)]
+    for result in results:
+        worker.get(result)
+    assert set(tally.runs().values()) == {1}
+
+
+def test_a_killed_child_is_noticed(worker):
+    """With a task and without; how it ended is known."""
+    with pytest.raises(WorkerLostError, match="SIGKILL"):
+        worker.run("proj.die")
+    for _ in range(5):
+        child = worker.run("proj.pid")
+        os.kill(child, signal.SIGKILL)
+        assert worker.run("proj.add", 1, 1) == 2
+        worker.until(
+            lambda child=child: child not in processes.children(worker.pid), "the child to be reaped"
+        )
+
+
+def test_a_killed_child_whose_socket_lives_on(worker):
+    """A grandchild holds the child's end of the socket; the end of the child is noticed all the same."""
+    gate = worker.gate()
+    with pytest.raises(WorkerLostError, match="exitcode 3"):
+        worker.run("faulty.leave_grandchild", gate.path, 3)
+    assert worker.run("proj.add", 1, 1) == 2
+    gate.open()
+
+
+def test_children_that_end_at_once(start_worker, start_method, missing):
+    """Children that end at their very start are noticed, and count as failed starts."""
+
+    def prepare(worker):
+        prepare_without(worker, missing)
+        (worker.folder / "stillborn.py").write_text(
+            "import os\n"
+            "from celery.signals import worker_process_init\n"
+            "from faulty import app\n"
+            "worker_process_init.connect(lambda **_: os._exit(5), weak=False)\n"
+        )
+
+    worker = start_worker("stillborn", start_method=start_method, prepare=prepare)
+    worker.call("proj.add", 1, 1)
+    worker.wait_for_log("failed to start: it ended before it was ready: exitcode 5", count=2)
+    worker.stop()
+
+
+def test_the_worker_ends(start_worker, start_method, missing):
+    """When the worker is killed nothing is left."""
+    worker = start_worker(
+        "faulty", start_method=start_method, prepare=lambda worker: prepare_without(worker, missing)
+    )
+    gate = worker.gate()
+    worker.call("faulty.hold", gate.path)
+    gate.wait_started()
+    worker.signal(signal.SIGKILL)
+    worker.wait_exit()
+    worker.until(lambda: not worker.pids(), "everything to end", timeout=6)

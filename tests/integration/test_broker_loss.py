@@ -1,0 +1,164 @@
+"""The connection to the broker is lost and comes back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+
+import pytest
+from billiard.exceptions import TimeLimitExceeded
+from harness.brokers import NO_BROKER
+from harness.proxy import Proxy
+from harness.waiting import until
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def lossy(nothing_left, servers, request):
+    """A broker, and a proxy between it and the worker."""
+    broker = servers.open(request.param)
+    proxy = Proxy(broker.config["broker_url"])
+    yield broker, proxy
+    proxy.close()
+    broker.remove()
+
+
+def start_behind(start_worker, proxy, broker, **options):
+    """A worker that reaches its broker through the proxy alone; the test's client does not."""
+    config = {**broker.config, **options.pop("config", {}), "broker_url": proxy.url}
+    worker = start_worker(
+        broker=broker,
+        prepare=lambda worker: worker.env.update(TEST_CONFIG=json.dumps({**worker.config, **config})),
+        **options,
+    )
+    assert worker.stats()["broker"]["port"] == proxy.port
+    return worker
+
+
+def lose(worker, cut):
+    """Cut the connection while tasks run that are acknowledged.
+
+    With messages that are not, a Redis that refuses connections ends the worker: an AttributeError in kombu.
+    """
+    worker.until(lambda: all(task["acknowledged"] for task in worker.inspect("active")), "acknowledgements")
+    cut()
+    worker.wait_for_log("Connection to broker lost")
+
+
+def test_what_runs_goes_on(start_worker, start_method, lossy):
+    """A running task does not notice; afterwards the worker takes new tasks, with the same children."""
+    broker, proxy = lossy
+    worker = start_behind(start_worker, proxy, broker, start_method=start_method)
+    gate = worker.gate()
+    running = worker.call("proj.hold", gate.path)
+    child = gate.wait_started()[running.id]
+    assert worker.run("proj.add", 1, 2) == 3
+    before = set(worker.children())
+    lose(worker, proxy.cut)
+    proxy.restore()
+    worker.wait_for_log("Connected to", count=2)
+    assert worker.run("proj.add", 3, 4) == 7
+    assert set(worker.children()) == before
+    gate.open()
+    assert worker.get(running) == child
+    assert "WorkerLost" not in worker.log()
+
+
+def test_a_task_ends_while_there_is_no_broker(start_worker, start_method, lossy):
+    """The result of a task that ends before the connection is back is stored all the same."""
+    broker, proxy = lossy
+    worker = start_behind(start_worker, proxy, broker, start_method=start_method)
+    gate = worker.gate()
+    running = worker.call("proj.hold", gate.path)
+    child = gate.wait_started()[running.id]
+    lose(worker, proxy.cut)
+    gate.open()
+    assert worker.get(running) == child
+    proxy.restore()
+    assert worker.run("proj.add", 3, 4) == 7
+
+
+def test_time_limits_hold_across_it(start_worker, start_method, lossy):
+    """A limit that began before the loss holds, whether it passes during the loss or after it."""
+    broker, proxy = lossy
+    worker = start_behind(start_worker, proxy, broker, start_method=start_method)
+    gate = worker.gate()
+    limited = [worker.call("proj.hold", gate.path, time_limit=seconds) for seconds in (1, 4)]
+    gate.wait_started(2)
+    lose(worker, proxy.cut)
+    proxy.restore()
+    for result in limited:
+        with pytest.raises(TimeLimitExceeded):
+            worker.get(result)
+    with pytest.raises(TimeLimitExceeded):
+        worker.run("proj.hold", gate.path, time_limit=1)
+    assert worker.run("proj.hold_through_soft_limit", gate.path, soft_time_limit=1) == "caught"
+
+
+@pytest.mark.parametrize("lossy", ["rabbitmq"], indirect=True)  # Redis keeps them back for an hour
+def test_waiting_tasks_run_once(start_worker, lossy):
+    """Tasks that were fetched but had no child come again from the broker, and run once."""
+    broker, proxy = lossy
+    worker = start_behind(start_worker, proxy, broker, concurrency=1)
+    gate, runs = worker.gate(), worker.folder / "runs"
+    running = worker.call("proj.hold", gate.path)
+    gate.wait_started()
+    waiting = [worker.call("proj.note", str(runs), number) for number in range(6)]
+    worker.until(lambda: worker.inspect("reserved"), "tasks to wait in the worker")
+    proxy.cut()
+    worker.wait_for_log("Connection to broker lost")
+    proxy.restore()
+    worker.wait_for_log("Connected to", count=2)
+    gate.open()
+    worker.get(running)
+    assert [worker.get(result) for result in waiting] == list(range(6))
+    assert sorted(map(int, runs.read_text().split())) == list(range(6))
+
+
+def answers(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def private_redis(nothing_left, tmp_path):
+    """A Redis server of the test's own, which can be ended and begun again: url, start, stop."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip(f"{NO_BROKER}: no redis-server to start")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+
+    def start():
+        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", ""]
+        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        until(lambda: answers(port), "Redis to answer")
+
+    def stop():
+        for process in running:
+            process.kill()
+            process.wait(30)
+        running.clear()
+
+    start()
+    yield f"redis://127.0.0.1:{port}/0", start, stop
+    stop()
+
+
+def test_the_server_is_killed_and_comes_back(start_worker, start_method, redis, private_redis):
+    """A Redis that dies and begins anew: the running task goes on, and new tasks run."""
+    url, start, stop = private_redis
+    worker = start_worker(config={"broker_url": url}, broker=redis, start_method=start_method)
+    gate = worker.gate()
+    running = worker.call("proj.hold", gate.path)
+    child = gate.wait_started()[running.id]
+    lose(worker, stop)
+    start()
+    worker.wait_for_log("Connected to", count=2)
+    gate.open()
+    assert worker.get(running) == child
+    assert worker.run("proj.add", 3, 4) == 7
+    assert worker.stop() == 0

@@ -1,0 +1,110 @@
+"""Children that cannot start: said clearly, tried again with pauses, and given up at last."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+import pytest
+
+pytestmark = pytest.mark.ours_only("how failed starts are treated")
+
+#: Start method, what else is set, and where the start is stopped: in the import of the app (by the child, or
+#: by a forkserver that is a fresh interpreter) or in the loader's preparation of a child.
+WAYS = [
+    pytest.param("spawn", {}, "import", id="spawn-import"),
+    pytest.param("spawn", {}, "init", id="spawn-init"),
+    pytest.param("forkserver", {}, "init", id="forkserver-init"),
+    pytest.param("forkserver", {"memsafe_child_env": {"A": "1"}}, "import", id="forkserver-import"),
+    pytest.param("fork", {}, "init", id="fork-init"),
+]
+
+
+def start(start_worker, broker, way, kind):
+    """A worker with an obstacle that its own start does not meet, but its children's does."""
+    method, config, step = way
+    worker = start_worker("obstacle", broker=broker, config=config, start_method=method)
+    if step == "import" and method == "forkserver":
+        # The first forkserver may have imported the app by now; the next one meets the obstacle.
+        worker.run("obstacle.pid")
+        (worker.folder / step).write_text(kind)
+        forkserver = worker.stats()["pool"]["memsafe"]["forkserver"]
+        os.kill(forkserver, signal.SIGKILL)
+        worker.wait_for_log(rf"forkserver \(pid {forkserver}\) has died")
+        for child in worker.children():
+            os.kill(child, signal.SIGKILL)
+        worker.until(lambda: not worker.children(), "the idle child to be gone")
+    else:
+        (worker.folder / step).write_text(kind)
+    return worker
+    return worker
+
+
+@pytest.mark.parametrize(("method", "config", "step"), WAYS)
+def test_an_obstacle_that_goes_away(start_worker, redis, method, config, step):
+    """One log line with the traceback; when the obstacle is gone the task runs, and nothing is lost."""
+    worker = start(start_worker, redis, (method, config, step), "raise")
+    result = worker.call("obstacle.pid")
+    found = worker.wait_for_log(
+        rf"ERROR/MainProcess\] .*(?s:.)*?RuntimeError: something is in the way of {step}"
+    )
+    (worker.folder / step).unlink()
+    assert re.search(r"failed to start|could not begin", found.group())
+    assert "Traceback (most recent call last)" in found.group()
+    assert 'obstacle.py", line' in found.group()
+    assert worker.get(result) in worker.children()
+    assert "WorkerLost" not in worker.log()
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("redis", ("spawn", {}, "import")),
+        ("redis", ("forkserver", {}, "init")),
+        ("redis", ("forkserver", {"memsafe_child_env": {"A": "1"}}, "import")),
+        ("filesystem", ("forkserver", {}, "init")),
+    ],
+)
+def test_an_obstacle_that_stays(start_worker, servers, kind, way):
+    """The worker stops with an exit code that says so, and the task is left for another worker."""
+    broker = servers.open(kind)
+    worker = start(start_worker, broker, way, "raise")
+    result = worker.call("obstacle.pid")
+    worker.wait_for_log(
+        r"CRITICAL/MainProcess\] Stopping the worker: children failed to start 5 times in a row\."
+    )
+    assert worker.wait_exit() == os.EX_SOFTWARE
+    assert worker.log().count("failed to start:") == 5
+    (worker.folder / way[2]).unlink()
+    assert start_worker("obstacle", broker=broker).get(result) > 0
+
+
+@pytest.mark.parametrize(("method", "config", "step"), WAYS)
+def test_a_child_that_hangs_at_its_start(start_worker, redis, method, config, step):
+    """After ``memsafe_start_timeout`` it is killed, and the log says so; the next one runs the task."""
+    worker = start(start_worker, redis, (method, {**config, "memsafe_start_timeout": 2}, step), "wait")
+    result = worker.call("obstacle.pid")
+    waits = worker.folder / f"{step}.waits"
+    worker.until(waits.exists, "the start to hang")
+    hanging = int(waits.read_text())
+    worker.wait_for_log(r"failed to start: not ready after 2 s \(memsafe_start_timeout\)")
+    worker.until(lambda: hanging not in worker.pids(), "what hangs to be killed")
+    (worker.folder / step).unlink()
+    assert worker.get(result) != hanging
+
+
+def test_children_that_start_slowly(start_worker, start_method):
+    """A start may take longer than what Celery's own pool allows (4 s); nothing is killed."""
+    worker = start_worker("obstacle", start_method=start_method, concurrency=2)
+    step = worker.folder / "init"
+    step.write_text("wait")
+    results = [worker.call("obstacle.pid") for _ in range(4)]
+    worker.until((worker.folder / "init.waits").exists, "the start to wait")
+    begin = time.monotonic()
+    worker.until(lambda: time.monotonic() > begin + 5, "5 s to pass")
+    step.unlink()
+    assert len({worker.get(result) for result in results}) <= 2
+    assert "SIGKILL" not in worker.log()
+    assert "failed" not in worker.log()

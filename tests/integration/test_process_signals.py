@@ -1,0 +1,62 @@
+"""Celery's signals about processes: each once for each child, and in the right process."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from harness.worker import OURS
+
+
+def notes(worker, what):
+    """What the processes of the worker have noted, of one kind."""
+    path = worker.folder / "notes"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [note for note in found if note["what"] == what]
+
+
+def meet(worker, number):
+    """Run a task in each of so many children at once; their pids."""
+    folder = worker.folder / "meeting"
+    folder.mkdir()
+    results = [worker.call("witness.meet", str(folder), number) for _ in range(number)]
+    return {worker.get(result)["pid"] for result in results}
+
+
+WAYS = [
+    ("forkserver", {}),
+    ("forkserver", {"memsafe_child_env": {"A": "1"}}),
+    ("spawn", {}),
+    ("fork", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "config"), WAYS if OURS else [("stock", {})])
+def test_signals_of_processes(start_worker, method, config):
+    """Before a child: in the worker. At its start and end: in the child, with its exit status.
+
+    Handlers are connected in the module that ``-A`` names; the forkserver begins in either way.
+    """
+    worker = start_worker("witness", config=config, start_method=method, concurrency=3)
+    children = meet(worker, 3)
+    assert len(children) == 3
+    before = notes(worker, "before_create_process")
+    assert [note["pid"] for note in before] == 3 * [worker.pid]
+    assert Counter(note["pid"] for note in notes(worker, "process_init")) == Counter(children)
+    assert notes(worker, "process_shutdown") == []
+    assert worker.stop() == 0
+    ended = notes(worker, "process_shutdown")
+    assert Counter(note["pid"] for note in ended) == Counter(children)
+    assert all(note["of"] == note["pid"] and note["exitcode"] == 0 for note in ended)
+
+
+@pytest.mark.also_start_method("fork")
+def test_signals_of_children_that_are_replaced(start_worker, start_method):
+    """With ``--max-tasks-per-child`` each child in turn has its start and its end."""
+    worker = start_worker("witness", "--max-tasks-per-child", "1", start_method=start_method, concurrency=1)
+    children = [worker.run("witness.place")["pid"] for _ in range(3)]
+    assert len(set(children)) == 3
+    worker.until(lambda: len(notes(worker, "process_shutdown")) >= 3, "the three to say that they end")
+    assert [note["pid"] for note in notes(worker, "process_init")][:3] == children
+    assert [note["pid"] for note in notes(worker, "process_shutdown")][:3] == children

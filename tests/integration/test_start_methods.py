@@ -1,0 +1,169 @@
+"""How children begin: what they are forked from, what they inherit, and whose children they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.ours_only("start methods")
+
+
+def meet(worker, number, module="witness"):
+    """Run a task in each of so many children at once: what each knows of its place."""
+    folder = worker.folder / f"meeting{len(list(worker.folder.iterdir()))}"
+    folder.mkdir()
+    results = [worker.call("witness.meet", str(folder), number) for _ in range(number)]
+    return [worker.get(result) for result in results]
+
+
+def importers(worker):
+    """Pids of the processes that imported the project, in order."""
+    notes = [json.loads(line) for line in (worker.folder / "notes").read_text().splitlines()]
+    return [note["pid"] for note in notes if note["what"] == "import"]
+
+
+def pool(worker):
+    return worker.stats()["pool"]["memsafe"]
+
+
+@pytest.mark.also_start_method("fork")
+def test_children_are_the_worker_s_own(start_worker, start_method):
+    """Whoever forked it, the worker is a child's parent and reports its real end."""
+    worker = start_worker("witness", start_method=start_method, concurrency=3)
+    places = meet(worker, 3)
+    assert [place["ppid"] for place in places] == 3 * [worker.pid]
+    victim = places[0]["pid"]
+    os.kill(victim, signal.SIGABRT)
+    worker.wait_for_log(rf"Process '\w+-\d+' pid:{victim} exited with 'signal 6 \(SIGABRT\)'")
+    assert len(meet(worker, 3)) == 3
+
+
+@pytest.mark.also_start_method("fork")
+@pytest.mark.parametrize("kind", ["redis", "filesystem"])
+def test_nobody_survives_the_worker(start_worker, start_method, kind):
+    """SIGKILL for the worker: children at work, idle children and the forkserver are gone, too."""
+    worker = start_worker(start_method=start_method, concurrency=2, broker=kind)
+    gate, other = worker.gate(), worker.gate()
+    worker.call("proj.hold", gate.path)
+    idle = worker.call("proj.hold", other.path)
+    children = {*gate.wait_started().values(), *other.wait_started().values()}
+    other.open()
+    worker.get(idle)
+    everybody = worker.pids()
+    assert children < everybody
+    worker.signal(signal.SIGKILL)
+    assert worker.wait_exit() == -signal.SIGKILL
+    worker.until(lambda: not any(map(psutil.pid_exists, everybody)), "all processes to be gone")
+
+
+@pytest.mark.parametrize(
+    ("method", "step"), [("spawn", "import"), ("spawn", "init"), ("forkserver", "init"), ("fork", "init")]
+)
+def test_a_child_that_is_starting_does_not_survive_the_worker(start_worker, method, step):
+    """SIGKILL for the worker while a child is in the middle of its start: it is gone, too."""
+    worker = start_worker("obstacle", start_method=method)
+    (worker.folder / step).write_text("wait")
+    worker.call("obstacle.pid")
+    waits = worker.folder / f"{step}.waits"
+    worker.until(waits.exists, "the start to hang")
+    worker.signal(signal.SIGKILL)
+    assert worker.wait_exit() == -signal.SIGKILL
+    worker.until(lambda: not psutil.pid_exists(int(waits.read_text())), "the child to be gone")
+
+
+def test_early_fork(start_worker):
+    """By default the forkserver is a fork of the worker: nobody else imports the app."""
+    worker = start_worker("witness")
+    places = meet(worker, 2)
+    assert pool(worker)["start_method"] == "forkserver"
+    assert importers(worker) == [worker.pid]
+    assert {place["imported_by"] for place in places} == {worker.pid}
+
+
+def test_fresh_beginning(start_worker):
+    """With threads in the worker, such as a tracing agent's, the forkserver imports the app itself."""
+    worker = start_worker("traced")
+    places = meet(worker, 2)
+    forkserver = pool(worker)["forkserver"]
+    assert importers(worker) == [worker.pid, forkserver]
+    assert {place["imported_by"] for place in places} == {forkserver}
+
+
+@pytest.mark.parametrize("module", ["threaded", "threaded:app"])
+def test_an_import_that_starts_a_thread(start_worker, module):
+    """The forkserver refuses to fork then, and names the module; children start by spawn, tasks run."""
+    worker = start_worker(module)
+    places = meet(worker, 2)
+    assert pool(worker)["start_method"] == "spawn"
+    assert pool(worker)["forkserver"] is None
+    assert all(place["imported_by"] == place["pid"] for place in places)
+    line = worker.wait_for_log(r"\[.*: WARNING/MainProcess\] The forkserver must not fork: .*").group()
+    assert "'background'" in line
+    assert "started by the import of starts_thread" in line
+    assert "children start by spawn" in line.lower()
+    assert worker.log().count("must not fork") == 1
+
+
+def test_numpy_does_not_keep_from_forking(start_worker):
+    """OpenBLAS has threads of its own, which it ends before a fork and starts again when they are needed."""
+    worker = start_worker("numeric", concurrency=3)
+    assert len(meet(worker, 3)) == 3
+    assert pool(worker)["start_method"] == "forkserver"
+    assert importers(worker) == [worker.pid]
+    results = [worker.call("numeric.product") for _ in range(6)]
+    assert [worker.get(result) for result in results] == 6 * [300.0**3]
+
+
+@pytest.mark.parametrize("where", ["configuration", "environment"])
+def test_environment_of_the_children(start_worker, start_method, where):
+    """``memsafe_child_env`` is set before the app is imported in forkserver and children, only there."""
+    config = {"memsafe_child_env": {"OMP_NUM_THREADS": 3, "EXTRA": "a b"}} if where == "configuration" else {}
+    env = {"MEMSAFE_CHILD_ENV": "OMP_NUM_THREADS=3,EXTRA=a b"} if where == "environment" else {}
+    env["OMP_NUM_THREADS"] = "2"
+    worker = start_worker("witness", config=config, env=env, start_method=start_method)
+    assert [place["omp"] for place in meet(worker, 2)] == ["3", "3"]
+    assert worker.run("witness.variables", "OMP_NUM_THREADS", "EXTRA") == ["3", "a b"]
+    notes = [json.loads(line) for line in (worker.folder / "notes").read_text().splitlines()]
+    imports = {note["pid"]: note["omp"] for note in notes if note["what"] == "import"}
+    assert imports.pop(worker.pid) == "2"
+    assert set(imports.values()) == {"3"}
+
+
+@pytest.mark.parametrize(
+    "env", [{"MEMSAFE_PRELOAD": "preloaded"}, {"MEMSAFE_CHILD_ENV": "A=1"}], ids=["early", "fresh"]
+)
+def test_preloaded_modules(start_worker, env):
+    """``memsafe_preload``: imported once, in the forkserver, and there for all children."""
+    worker = start_worker("witness", config={"memsafe_preload": ["preloaded"]}, env=env)
+    places = meet(worker, 2)
+    assert {place["preloaded_by"] for place in places} == {pool(worker)["forkserver"]}
+
+
+def test_the_forkserver_is_replaced(start_worker):
+    """Killed, it is replaced; a running task does not notice, and new children come from the new one."""
+    worker = start_worker(concurrency=2)
+    gate = worker.gate()
+    running = worker.call("proj.hold", gate.path)
+    child = gate.wait_started()[running.id]
+    first = pool(worker)["forkserver"]
+    os.kill(first, signal.SIGKILL)
+    worker.wait_for_log(rf"The forkserver \(pid {first}\) has died")
+    assert worker.run("proj.pid") != child
+    assert pool(worker)["forkserver"] not in {first, None}
+    gate.open()
+    assert worker.get(running) == child
+    assert "WorkerLost" not in worker.log()
+
+
+def test_the_forkserver_is_killed_again_and_again(start_worker):
+    """However often it dies, all tasks run, each in a child of its own here."""
+    worker = start_worker("proj", "--max-tasks-per-child", "1", concurrency=2)
+    for number in range(5):
+        forkserver = worker.until(lambda: pool(worker)["forkserver"], "a forkserver")
+        results = [worker.call("proj.add", number, other) for other in range(4)]
+        os.kill(forkserver, signal.SIGKILL)
+        assert [worker.get(result) for result in results] == [number + other for other in range(4)]

@@ -1,0 +1,45 @@
+"""An app whose children start only if nothing is in the way.
+
+A file ``import`` or ``init`` in the worker's folder is an obstacle to the import of this module, or to
+the loader's preparation of a child: with ``raise`` in it that fails, with ``wait`` in it that waits until
+the file is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import folders  # noqa: F401  # makes the broker url folders:// known
+from celery import Celery
+from celery.loaders.app import AppLoader
+
+
+def pass_by(step):
+    obstacle = Path(step)
+    kind = obstacle.read_text() if obstacle.exists() else ""
+    if kind == "raise":
+        raise RuntimeError(f"something is in the way of {step}")
+    if kind == "wait":
+        Path(f"{os.getpid()}.new").write_text(str(os.getpid()))
+        Path(f"{os.getpid()}.new").rename(f"{step}.waits")
+        while obstacle.exists():
+            time.sleep(0.02)
+
+
+class Loader(AppLoader):
+    def on_worker_process_init(self):
+        pass_by("init")
+
+
+pass_by("import")
+
+app = Celery("obstacle", loader=Loader)
+app.conf.update(json.loads(os.environ.get("TEST_CONFIG", "{}")))
+
+
+@app.task
+def pid():
+    return os.getpid()

@@ -1,0 +1,42 @@
+"""A program with an app that only a function knows, and a worker in a thread of the program.
+
+Writes what its tasks return into the file ``results``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+from celery import Celery
+from celery.contrib.testing.worker import start_worker
+
+
+def make_app():
+    app = Celery("embedded", set_as_current=False)
+    app.conf.update(json.loads(os.environ["TEST_CONFIG"]))
+    app.conf.lock = threading.Lock()
+
+    @app.task(name="embedded.double")
+    def double(number):
+        with app.conf.lock:
+            return 2 * number, os.getpid()
+
+    return app
+
+
+def main(pool):
+    app = make_app()
+    if pool == "class":
+        from memsafe_pool import Pool as pool  # noqa: N813
+    with start_worker(app, pool=pool, concurrency=2, perform_ping_check=False, loglevel="INFO"):
+        double = app.tasks["embedded.double"]
+        results = [double.delay(number).get(timeout=60, disable_sync_subtasks=False) for number in range(3)]
+    Path("results").write_text(json.dumps([os.getpid(), *results]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,159 @@
+"""A call on its way through the pool: its time limits, its callbacks, its end."""
+
+from __future__ import annotations
+
+import pytest
+from billiard.exceptions import WorkerLostError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memsafe_pool.job import Job, lost
+
+
+def job(limits=(None, None), **callbacks):
+    return Job(print, (), {}, limits=limits, **callbacks)
+
+
+# Limits
+
+
+def test_the_clock_starts_when_a_child_begins():
+    """A job that waits has no limit to watch, however long it waits."""
+    waiting = job((1, 2))
+    assert waiting.next_limit() is None
+    waiting.accept(42, 100.0)
+    assert waiting.next_limit() == (101.0, True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "first", "second"),
+    [
+        ((None, None), None, None),
+        ((0, 0), None, None),
+        ((3, None), (103.0, True), None),
+        ((None, 5), (105.0, False), (105.0, False)),
+        ((3, 5), (103.0, True), (105.0, False)),
+        ((5, 5), (105.0, True), (105.0, False)),
+        # A soft limit above the hard one never comes.
+        ((7, 5), (105.0, False), (105.0, False)),
+        ((0.5, 0), (100.5, True), None),
+    ],
+)
+def test_which_limit_is_next(limits, first, second):
+    """First the soft limit, where there is one that comes before the hard one, then the hard one."""
+    running = job(limits)
+    running.accept(42, 100.0)
+    assert running.next_limit() == first
+    running.soft_limit_passed = True
+    assert running.next_limit() == second
+
+
+LIMIT = st.none() | st.floats(0, 1000)
+
+
+@given(LIMIT, LIMIT, st.floats(0, 1e6))
+def test_limits_pass_in_order(soft, hard, began):
+    """Limits never come before the job began, the hard one never before the soft one, each at most once."""
+    running = job((soft, hard))
+    running.accept(1, began)
+    passed = []
+    while (limit := running.next_limit()) is not None:
+        passed.append(limit)
+        if not limit[1]:
+            break
+        running.soft_limit_passed = True
+    assert [soft for _, soft in passed] in ([], [True], [False], [True, False])
+    assert passed == sorted(passed, key=lambda limit: limit[0])
+    assert all(at >= began for at, _ in passed)
+    assert any(not soft for _, soft in passed) == bool(hard)
+
+
+# Callbacks
+
+
+def test_each_callback_gets_what_celery_expects():
+    """Accept: pid and time; success or error: the value; limits: by keyword."""
+    heard = []
+
+    def on_timeout(*, soft, timeout):
+        heard.append(("limit", soft, timeout))
+
+    running = job(
+        (1, 2),
+        on_accept=lambda pid, at: heard.append(("accept", pid, at)),
+        on_success=lambda value: heard.append(("success", value)),
+        on_error=lambda value: heard.append(("error", value)),
+        on_timeout=on_timeout,
+    )
+    running.accept(42, 7.0)
+    running.time_out(soft=True)
+    running.time_out(soft=False)
+    running.finish(True, "a")
+    running.finish(False, "b")
+    assert heard == [
+        ("accept", 42, 7.0), ("limit", True, 1), ("limit", False, 2), ("success", "a"), ("error", "b"),
+    ]  # fmt: skip
+
+
+def test_callbacks_may_be_missing():
+    """A job nobody listens to runs all the same."""
+    silent = job((1, 2))
+    silent.accept(1, 0.0)
+    silent.time_out(soft=True)
+    silent.finish(True, None)
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, OSError])
+def test_an_error_in_a_callback_is_logged(caplog, error):
+    """One task's trouble does not reach the event loop."""
+
+    def fail(value):
+        raise error("the callback's own")
+
+    job(on_success=fail).finish(True, None)
+    assert "the callback's own" in caplog.text
+
+
+def test_errors_that_are_to_propagate_do():
+    """Celery names the exceptions that it wants to see itself, such as lost connections."""
+
+    def fail(value):
+        raise ConnectionError("broker")
+
+    with pytest.raises(ConnectionError):
+        job(on_success=fail, propagate=(ConnectionError,)).finish(True, None)
+
+
+def test_the_process_may_be_asked_to_end_in_a_callback():
+    """SystemExit, which Celery raises for a shutdown, is not swallowed."""
+
+    def leave(value):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        job(on_error=leave).finish(False, None)
+
+
+# End
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "words"),
+    [
+        (-9, "signal 9 (SIGKILL)"),
+        (-11, "signal 11 (SIGSEGV)"),
+        (3, "exitcode 3"),
+        (None, "unknown exit status"),
+    ],
+)
+def test_a_lost_job_says_how(exitcode, words):
+    """The error has the child's end in words and the job's number, as Celery's users know it."""
+    gone = job()
+    error = lost(gone, exitcode)
+    assert error.type is WorkerLostError
+    assert str(error.exception.exc) == f"Worker exited prematurely: {words} Job: {gone.id}."
+
+
+def test_numbers_are_not_used_twice():
+    """A late answer can not be taken for that of another job."""
+    assert len({job().id for _ in range(100)}) == 100
