@@ -9,13 +9,16 @@ What else it does at import is chosen by environment variables, so that every wo
     BENCH_STAMPS                 file to which tasks append when they ran, one JSON object per line
     BENCH_RECEIVED               also stamp when the worker received each task
     BENCH_START_METHOD           `worker_pool_start_method`, for stock prefork
+    BENCH_METER                  "none": our pool's children measure and report nothing, see `no_meter`
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -74,6 +77,12 @@ if os.environ.get("BENCH_RECEIVED"):
         _stamp(event="received", id=request.id, at=at)
 
 
+if os.environ.get("BENCH_METER") == "none":
+    import no_meter
+
+    no_meter.install()
+
+
 @app.task(name="noop")
 def noop() -> None:
     """Do nothing."""
@@ -87,3 +96,87 @@ def nap(self: Any, seconds: float) -> None:
     _model.sum()
     time.sleep(seconds)
     _stamp(event="done", id=self.request.id, at=time.monotonic())
+
+
+# Tasks that need memory. "done" is stamped while they have it, with the bytes that they asked for.
+
+
+def _done(task: Any, asked_bytes: int, seconds: float = 0.0) -> None:
+    time.sleep(seconds)
+    _stamp(event="done", id=task.request.id, bytes=asked_bytes)
+
+
+def _block_bytes(value: object) -> int:
+    """What the allocator takes for an object: Python's up to 512 bytes, then malloc's, whose head is 8."""
+    size = sys.getsizeof(value)
+    return (size + (0 if size <= 512 else 8) + 15) // 16 * 16
+
+
+@app.task(name="take_bytearray", bind=True)
+def take_bytearray(self: Any, size: int, seconds: float = 0.0) -> None:
+    """Have one block of `size` bytes, written to."""
+    block = bytearray(size)
+    _done(self, len(block), seconds)
+
+
+@app.task(name="take_numpy", bind=True)
+def take_numpy(self: Any, size: int, seconds: float = 0.0) -> None:
+    """Have an array of `size` bytes, written to."""
+    array = np.ones(size // 8)
+    _done(self, array.nbytes, seconds)
+
+
+def _objects(size: int, length: int) -> tuple[list[Any], int]:
+    """Make byte strings of that length, `size` bytes with their list; and how much it is exactly."""
+    each = _block_bytes(bytes(length))
+    objects: list[Any] = [None] * (size // (each + 8))
+    for index in range(len(objects)):
+        objects[index] = bytes(length)
+    return objects, len(objects) * each + sys.getsizeof(objects)
+
+
+@app.task(name="take_malloced", bind=True)
+def take_malloced(self: Any, size: int, seconds: float = 0.0) -> None:
+    """Have objects that are large enough to come from malloc, but in blocks of less than a page."""
+    objects, asked_bytes = _objects(size, 700)
+    _done(self, asked_bytes, seconds)
+    del objects
+
+
+@app.task(name="take_small", bind=True)
+def take_small(self: Any, size: int, seconds: float = 0.0) -> None:
+    """Have objects that live in Python's own arenas."""
+    objects, asked_bytes = _objects(size, 100)
+    _done(self, asked_bytes, seconds)
+    del objects
+
+
+_kept: deque[Any] = deque()
+
+
+@app.task(name="fragment", bind=True)
+def fragment(self: Any, count: int, length: int, most: int) -> None:
+    """Make `count` byte strings and keep each hundredth; forget those of all but the last `most` tasks."""
+    objects = [bytes(length) for _ in range(count)]
+    _kept.append(objects[::100])
+    while len(_kept) > most:
+        _kept.popleft()
+    _done(self, sum(map(_block_bytes, objects)))
+
+
+@app.task(name="buffers", bind=True)
+def buffers(self: Any, count: int, size: int, keep: int) -> None:
+    """Have `count` buffers at a time, written to; keep `keep` bytes, made when all are there."""
+    blocks = [bytearray(size) for _ in range(count)]
+    _kept.append(bytes(keep))
+    _done(self, sum(map(len, blocks)))
+
+
+_cache: deque[bytes] = deque(maxlen=20)
+
+
+@app.task(name="cache", bind=True)
+def cache(self: Any, size: int) -> None:
+    """Keep one block more, until there are 20."""
+    _cache.append(b"x" * size)
+    _done(self, size)

@@ -6,6 +6,8 @@ with the lane's own prefix is written or deleted.
 
 from __future__ import annotations
 
+import base64
+import json
 import shutil
 import socket
 import subprocess
@@ -13,7 +15,7 @@ import tempfile
 import time
 import uuid
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import redis
 from celery import Celery
@@ -76,6 +78,10 @@ class Lane:
         )
         self._redis = redis.Redis.from_url(url)
 
+    def send(self, name: str, *args: object) -> None:
+        """Publish one task to the worker's queue."""
+        self.app.send_task(name, args, queue="bench")
+
     def stage(self, name: str, *args: object, count: int = 1) -> None:
         """Publish `count` tasks to a queue that nobody reads."""
         with self.app.producer_pool.acquire(block=True) as producer:
@@ -92,20 +98,48 @@ class Lane:
         """Count the tasks that wait in the queue, or that the worker has but no child has accepted yet."""
         return int(self._redis.llen(self.prefix + "bench")) + int(self._redis.hlen(self.prefix + "unacked"))
 
-    def ping(self, worker: str) -> bool:
-        """Send `ping` to the worker once more, and tell whether it has answered any.
+    def trickle(self, in_flight: int, timeout: float = 120) -> None:
+        """Let the worker have the staged tasks, at most so many at a time, until it has had them all."""
+        deadline = time.monotonic() + timeout
+        while self._redis.exists(self.prefix + "staging"):
+            room = in_flight - self.pending()
+            for _ in range(room):
+                self._redis.lmove(self.prefix + "staging", self.prefix + "bench", "RIGHT", "LEFT")
+            if room <= 0:
+                time.sleep(0.0005)
+            if time.monotonic() > deadline:
+                message = f"after {timeout:g} s the worker has not had all tasks"
+                raise RuntimeError(message)
 
-        Celery's own `control.ping` is not used: what it sends before the worker listens is lost, and trying
+    def ping(self, worker: str) -> bool:
+        """Send `ping` to the worker once more, and tell whether it has answered any."""
+        self._request(worker, "ping")
+        return bool(self._redis.exists(self.prefix + "reply-ping"))
+
+    def stats(self, worker: str, timeout: float = 30) -> dict[str, Any]:
+        """Return what `inspect stats` gives."""
+        self._redis.delete(self.prefix + "reply-stats")
+        self._request(worker, "stats")
+        reply = self._redis.blpop(self.prefix + "reply-stats", timeout)
+        if reply is None:
+            message = f"no stats from {worker} in {timeout:g} s"
+            raise RuntimeError(message)
+        return json.loads(base64.b64decode(json.loads(reply[1])["body"]))[worker]
+
+    def _request(self, worker: str, method: str) -> None:
+        """Send a remote control command; the answer goes to the list `reply-<method>`.
+
+        Celery's own `control` is not used: what it sends before the worker listens is lost, and trying
         again takes a second each time, since on Redis it ends with its blocking read.
         """
+        queue = f"reply-{method}"
         with self.app.producer_pool.acquire(block=True) as producer:
-            Queue("pong", _REPLIES, routing_key="pong")(producer.channel).declare()
-            reply_to = {"exchange": _REPLIES.name, "routing_key": "pong"}
-            request = {"method": "ping", "arguments": {}, "destination": [worker]}
+            Queue(queue, _REPLIES, routing_key=queue)(producer.channel).declare()
+            reply_to = {"exchange": _REPLIES.name, "routing_key": queue}
+            request = {"method": method, "arguments": {}, "destination": [worker]}
             producer.publish(
-                {**request, "ticket": "pong", "reply_to": reply_to}, exchange=_CONTROL, declare=[_CONTROL]
+                {**request, "ticket": queue, "reply_to": reply_to}, exchange=_CONTROL, declare=[_CONTROL]
             )
-        return bool(self._redis.exists(self.prefix + "pong"))
 
     def close(self) -> None:
         """Disconnect and delete every key of this lane."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 PROC = Path("/proc")
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def _stat(pid: int) -> list[str] | None:
@@ -43,6 +44,11 @@ def tree(root: int) -> list[int]:
         found |= more
         grown = bool(more)
     return sorted(found)
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the process's resident memory, shared pages included."""
+    return int((PROC / str(pid) / "statm").read_text().split()[1]) * PAGE_BYTES
 
 
 def pss_bytes(pids: list[int]) -> int:

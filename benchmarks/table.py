@@ -5,10 +5,18 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
+import accounting
 import burst_memory
 import celery
+import fragmentation
 import idle_memory
+import jemalloc
+import large_buffers
+import many_children
+import native_calls
+import peak_accuracy
 import ready_time
+import report_cost
 import row
 import shared_model
 import slow_imports
@@ -18,7 +26,11 @@ import task_cpu
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCRIPTS = (idle_memory, burst_memory, ready_time, start_latency, shared_model, task_cpu, slow_imports)
+SCRIPTS = (
+    *(idle_memory, burst_memory, ready_time, start_latency, shared_model, task_cpu, slow_imports),
+    *(peak_accuracy, report_cost, many_children, accounting),
+    *(fragmentation, large_buffers, jemalloc, native_calls),
+)
 
 
 def rows(options: row.Options) -> Iterator[row.Row]:

@@ -101,21 +101,36 @@ class Worker:
         stamps = [json.loads(line) for line in whole_lines]
         return [stamp for stamp in stamps if stamp["event"] == event]
 
+    def run(self, name: str, *args: object, count: int = 1, timeout: float = 60) -> dict[str, Any]:
+        """Run `count` tasks of those that stamp "done", wait until as many more are done; return the last."""
+        done = len(self.stamps("done")) + count
+        self.lane.stage(name, *args, count=count)
+        self.lane.release()
+        self.wait(f"{count} {name}", lambda: len(self.stamps("done")) >= done, timeout)
+        return self.stamps("done")[-1]
+
     def nap(self, count: int, seconds: float, timeout: float = 60) -> None:
         """Run `count` tasks that sleep, and wait until as many more are done."""
-        done = len(self.stamps("done")) + count
-        self.lane.stage("nap", seconds, count=count)
-        self.lane.release()
-        self.wait(f"{count} naps", lambda: len(self.stamps("done")) >= done, timeout)
+        self.run("nap", seconds, count=count, timeout=timeout)
 
-    def noops(self, count: int, timeout: float = 120) -> float:
-        """Run `count` no-op tasks, and return the CPU seconds that the whole tree spent on them."""
+    def noops(self, count: int, timeout: float = 120, in_flight: int = 0) -> float:
+        """Run `count` no-op tasks, and return the CPU seconds that the whole tree spent on them.
+
+        All at once, or with `in_flight` no more than so many at a time.
+        """
         self.lane.stage("noop", count=count)
         before = processes.cpu_seconds(processes.tree(self.pid))
-        self.lane.release()
+        if in_flight:
+            self.lane.trickle(in_flight, timeout)
+        else:
+            self.lane.release()
         self.wait(f"{count} no-ops", lambda: self.lane.pending() == 0, timeout, interval=0.05)
         time.sleep(0.2)  # the last ones are accepted: let them end
         return processes.cpu_seconds(processes.tree(self.pid)) - before
+
+    def stats(self) -> dict[str, Any]:
+        """Return `inspect stats`' part about our pool."""
+        return self.lane.stats(self.name)["pool"]["memsafe"]
 
     def pss_mb(self) -> float:
         """Measure proportional memory of the whole tree now, in MB (10^6 bytes)."""

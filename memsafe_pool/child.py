@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
@@ -23,12 +24,30 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-from memsafe_pool import memory, native, upstream, wire
+from memsafe_pool import native, upstream, wire
+from memsafe_pool.meter import Meter
 
 __all__ = ["Terms", "run", "send_failure", "tie_to_parent"]
 
 #: Bytes asked for in one read. Most tasks are smaller, and arrive in one piece.
 _READ_BYTES = 65536
+
+#: Blocks from this size on are mapped one by one, and so given back when they are freed; free memory at the
+#: end of the heap is given back from the second size on. glibc moves both up, to 32 and 64 MiB, as soon as
+#: large blocks are freed: 60 buffers of 8 MB then stay for ever.
+MMAP_BYTES, TRIM_BYTES = 1 << 20, 4 << 20
+
+#: Whoever sets one of these knows better.
+_ALLOCATOR_VARIABLES = (
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
+
+#: How much sooner the kernel ends a child than the worker when memory is out: as if the child had this many
+#: thousandths of the memory more.
+OOM_SCORE = 300
 
 #: Seconds a child may take to become the worker's own child after it was forked.
 _ADOPTION_SECONDS = 10.0
@@ -43,14 +62,16 @@ class Terms:
         hostname: Node name of the worker.
         index: Number of the child's slot, from 0; names its log file.
         name: Process name for logs.
-        max_private_bytes: Report private memory when resident memory is above this; 0 for never.
+        trim_idle: Seconds without work after which it gives memory back; None for never.
+        trim_bytes: Growth in bytes that makes that worth it.
     """
 
     worker_pid: int
     hostname: str
     index: int
     name: str
-    max_private_bytes: int = 0
+    trim_idle: float | None = None
+    trim_bytes: int = 0
 
 
 class _Leave(SystemExit):
@@ -101,9 +122,9 @@ def run(app: Any, sock: socket.socket, terms: Terms, midwife: int = 0) -> NoRetu
     code = 1
     sock.setblocking(True)  # whatever socket.setdefaulttimeout() says: idle children wait for long
     try:
-        signals = _begin(app, sock, terms, midwife)
-        if signals is not None:
-            code = _serve(sock, terms, signals)
+        signals, meter = _begin(app, sock, terms, midwife)
+        if meter is not None:
+            code = _serve(sock, terms, signals, meter)
     except _Leave as leave:
         code = int(leave.code or 0)
     except ConnectionError:
@@ -115,21 +136,40 @@ def run(app: Any, sock: socket.socket, terms: Terms, midwife: int = 0) -> NoRetu
         os._exit(code)
 
 
-def _begin(app: Any, sock: socket.socket, terms: Terms, midwife: int) -> _Signals | None:
-    """Do all that comes before the first task; None if that failed and the worker knows."""
+def _begin(app: Any, sock: socket.socket, terms: Terms, midwife: int) -> tuple[_Signals, Meter | None]:
+    """Do all that comes before the first task; no meter if that failed and the worker knows."""
     signals = _Signals()
     try:
         tie_to_parent(terms.worker_pid, midwife)
+        heap_end_bytes = _set_up_memory()
         upstream.prepare_process(app, terms.hostname)
         signals.install()
         upstream.send_process_init(terms.hostname)
+        meter = Meter(terms.trim_bytes, terms.trim_idle, heap_end_bytes)
     except _Leave:
         raise
     except BaseException:  # noqa: BLE001 - whatever it is, the worker logs it
         send_failure(sock)
+        return signals, None
+    report = meter.report()
+    sock.sendall(wire.head(wire.UP, len(report), os.getpid(), 0.0) + report)
+    return signals, meter
+
+
+def _set_up_memory() -> int | None:
+    """Have the allocator give large blocks back at once, and the kernel spare the worker.
+
+    Returns the allocator's trim threshold in bytes, or None if it was not set.
+    """
+    with contextlib.suppress(OSError):  # not on this platform, or forbidden
+        native.raise_oom_score_adj(OOM_SCORE)
+    if any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         return None
-    sock.sendall(wire.head(wire.UP, 0, os.getpid(), 0.0))
-    return signals
+    try:
+        native.set_allocator_thresholds(mmap_bytes=MMAP_BYTES, trim_bytes=TRIM_BYTES)
+    except OSError:
+        return None  # not with this allocator
+    return TRIM_BYTES
 
 
 def send_failure(sock: socket.socket) -> None:
@@ -157,11 +197,11 @@ def tie_to_parent(pid: int, midwife: int = 0) -> None:
         os._exit(1)
 
 
-def _serve(sock: socket.socket, terms: Terms, signals: _Signals) -> int:
+def _serve(sock: socket.socket, terms: Terms, signals: _Signals, meter: Meter) -> int:
     """Run tasks until there are no more; return the exit code."""
     code = 0
     try:
-        _run_tasks(sock, terms.max_private_bytes, signals)
+        _run_tasks(sock, signals, meter)
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     finally:
@@ -169,28 +209,22 @@ def _serve(sock: socket.socket, terms: Terms, signals: _Signals) -> int:
     return code
 
 
-def _run_tasks(sock: socket.socket, max_private_bytes: int, signals: _Signals) -> None:
-    recv, send, loads = sock.recv, sock.sendall, pickle.loads
-    head_size, unpack, head = wire.HEAD.size, wire.HEAD.unpack_from, wire.head
+def _run_tasks(sock: socket.socket, signals: _Signals, meter: Meter) -> None:
+    send, loads, head = sock.sendall, pickle.loads, wire.head
     monotonic = time.monotonic
     pid = os.getpid()
-    rest = b""
+    inbox = _Inbox(sock)
     while True:
-        data = rest or recv(_READ_BYTES)
-        if not data:
-            return  # the worker is gone
-        while len(data) < head_size:
-            data += _receive(recv, head_size - len(data))
-        kind, length, job, _ = unpack(data)
-        if kind == wire.STOP:
+        if inbox.empty and (patience := meter.patience) is not None:
+            _trim_if_idle(sock, patience, meter)
+        if not inbox.wait():
             return
-        end = head_size + length
-        payload: memoryview = memoryview(data)[head_size:end]
-        rest = data[end:]
-        if len(data) < end:
-            payload = _receive_rest(sock, payload, length)
+        meter.begin()
+        job, payload = inbox.take()
         function, args, kwargs = loads(payload)
-        del data, payload  # a large call must not stay in memory twice while it runs
+        del payload  # a large call must not stay in memory twice while it runs
+        if meter.doubtful:
+            meter.watch(upstream.task_name(function, args))
         send(head(wire.ACK, 0, job, monotonic()))
         signals.in_task = True
         try:
@@ -206,27 +240,65 @@ def _run_tasks(sock: socket.socket, max_private_bytes: int, signals: _Signals) -
             if os.getpid() != pid:
                 os._exit(0)  # the task has forked, and its copy has come back too: one is enough
         del function, args, kwargs
-        _send_outcome(send, job, outcome, _private_bytes(max_private_bytes))
+        _send_outcome(send, job, outcome, meter)
         del outcome
 
 
-def _receive(recv: Any, size: int) -> bytes:
-    data: bytes = recv(size)
-    if not data:
-        raise SystemExit(1)
-    return data
+class _Inbox:
+    """What the worker sends, one message after the other."""
+
+    __slots__ = ("_data", "_sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._data = b""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been received that was not taken."""
+        return not self._data
+
+    def wait(self) -> bool:
+        """Wait for a task; return False when there is none to come: the worker says so, or is gone."""
+        while len(self._data) < wire.HEAD.size:
+            data = self._sock.recv(_READ_BYTES)
+            if not data:
+                if self._data:
+                    raise SystemExit(1)
+                return False
+            self._data += data
+        return self._data[0] != wire.STOP
+
+    def take(self) -> tuple[int, memoryview]:
+        """Return the number and the payload of the task that has arrived; wait for the rest of it."""
+        data = self._data
+        _, length, job, _ = wire.HEAD.unpack_from(data)
+        end = wire.HEAD.size + length
+        payload: memoryview = memoryview(data)[wire.HEAD.size : end]
+        self._data = data[end:]
+        if len(data) < end:
+            payload = self._take_rest(payload, length)
+        return job, payload
+
+    def _take_rest(self, begun: memoryview, length: int) -> memoryview:
+        whole = memoryview(bytearray(length))
+        filled = len(begun)
+        whole[:filled] = begun
+        while filled < length:
+            received = self._sock.recv_into(whole[filled:])
+            if not received:
+                raise SystemExit(1)
+            filled += received
+        return whole
 
 
-def _receive_rest(sock: socket.socket, begun: memoryview, length: int) -> memoryview:
-    whole = memoryview(bytearray(length))
-    filled = len(begun)
-    whole[:filled] = begun
-    while filled < length:
-        received = sock.recv_into(whole[filled:])
-        if not received:
-            raise SystemExit(1)
-        filled += received
-    return whole
+def _trim_if_idle(sock: socket.socket, patience: float, meter: Meter) -> None:
+    """Wait for work; give memory back when there is none for so many seconds."""
+    work = select.poll()  # select() takes no descriptor above 1023
+    work.register(sock, select.POLLIN)
+    if not work.poll(patience * 1000):
+        won, report = meter.trim()
+        sock.sendall(wire.head(wire.TRIMMED, len(report), 0, won) + report)
 
 
 def _failure(exc: BaseException) -> tuple[bool, Any]:
@@ -236,28 +308,19 @@ def _failure(exc: BaseException) -> tuple[bool, Any]:
     return False, upstream.ExceptionInfo()
 
 
-def _send_outcome(send: Any, job: int, outcome: tuple[bool, Any], private_bytes: int) -> None:
+def _send_outcome(send: Any, job: int, outcome: tuple[bool, Any], meter: Meter) -> None:
     try:
         body = pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL)
     except Exception as exc:  # noqa: BLE001 - pickling runs foreign code
         error = upstream.failed(upstream.MaybeEncodingError(exc, outcome[1]))
         body = pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
-    message = wire.head(wire.DONE, len(body), job, private_bytes)
+    report = meter.end()
+    message = wire.head(wire.DONE, len(report) + len(body), job, 0.0) + report
     if len(body) < _READ_BYTES:
         send(message + body)
     else:
         send(message)
         send(body)
-
-
-def _private_bytes(limit: int) -> int:
-    """Return the private memory where it may be above ``limit``, else 0.
-
-    It can not be above the resident memory, which is far cheaper to read.
-    """
-    if not limit or memory.resident_bytes() <= limit:
-        return 0
-    return memory.private_bytes()
 
 
 def _flush() -> None:

@@ -125,6 +125,7 @@ class Crew:
             ours,
             born=time.monotonic(),
             generation=self.generation,
+            start_method=self.start_method.name,
         )
         self.fleet.add(child)
         self._attach(child)
@@ -162,6 +163,7 @@ class Crew:
         logger.warning("%s", why)
         self.start_method = Spawn(self, self._origin)
         for child, sock in waiting:
+            child.start_method = self.start_method.name
             self.start_method.start(child, sock)
 
     def renew(self) -> None:

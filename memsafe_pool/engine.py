@@ -29,7 +29,9 @@ from memsafe_pool import supervisor, upstream, wire
 from memsafe_pool.crew import Crew
 from memsafe_pool.fleet import Child, State
 from memsafe_pool.job import Job, lost
+from memsafe_pool.ledger import Ledger
 from memsafe_pool.loop import LoopThread, Mailbox, run_until
+from memsafe_pool.probe import Probe
 from memsafe_pool.time_limits import TimeLimits
 
 if TYPE_CHECKING:
@@ -88,6 +90,9 @@ class Engine:
         self._time_limits = TimeLimits(lambda job, soft: self._mailbox.post(self._on_limit, job, soft))
         self.crew = Crew(origin, make_start_method, self, self._mailbox, start_timeout=start_timeout)
         self.fleet = self.crew.fleet
+        self.ledger = Ledger(self.fleet)
+        self._probe = Probe(on_warning=lambda text: logger.warning("%s", text))
+        self.reading = self._probe.read()
         self.supervisor = supervisor.Supervisor(self.fleet, bound=bound, **rules)
 
     # -- life
@@ -330,22 +335,27 @@ class Engine:
                 self._accept(job, child.pid, value)
         elif kind == wire.DONE:
             if job is not None and job.id == number:
-                self._on_done(child, job, value, payload)
+                self._on_done(child, job, payload)
         elif kind == wire.UP:
             self.crew.started(child, number)
+            child.report = wire.Report.unpack(payload)
+            child.first_private_bytes = child.report.private
             if child.state is State.STARTING:
                 self._decide(supervisor.Up())
                 self.fleet.starting_children.discard(child)
                 self._next(child)
+        elif kind == wire.TRIMMED:
+            child.report = wire.Report.unpack(payload)
+            self.ledger.trimmed(child, int(value))
         elif kind == wire.FAILED:
             child.failure = bytes(payload).decode(errors="replace")
 
-    def _on_done(self, child: Child, job: Job, private_bytes: float, payload: memoryview) -> None:
+    def _on_done(self, child: Child, job: Job, payload: memoryview) -> None:
         child.job = None
         child.tasks += 1
-        child.private_bytes = int(private_bytes)
+        self.ledger.ended(child, job.name, wire.Report.unpack(payload))
         try:
-            succeeded, value = wire.loads(payload)
+            succeeded, value = wire.loads(payload[wire.REPORT.size :])
         except Exception as exc:  # noqa: BLE001 - unpickling runs foreign code
             succeeded, value = upstream.undecodable(job.function, exc)
         if child.state is State.BUSY:
@@ -424,8 +434,21 @@ class Engine:
     def _tick(self) -> None:
         now = time.monotonic()
         self.crew.tick(now)
+        self._look_at_memory()
         self._decide(supervisor.Tick(len(self.waiting)))
         self._check_closed()
+
+    def _look_at_memory(self) -> None:
+        """Follow the memory limit, which may be changed while the worker runs."""
+        before, self.reading = self.reading, self._probe.read()
+        if self.reading.lowest_limit_bytes != before.lowest_limit_bytes:
+            logger.warning(
+                "The memory limit is now %s (%s), after %s (%s).",
+                _mib(self.reading.lowest_limit_bytes),
+                self.reading.lowest_limit_source,
+                _mib(before.lowest_limit_bytes),
+                before.lowest_limit_source,
+            )
 
     def restart(self) -> None:
         """Replace all children, running tasks first, and what they are forked from."""
@@ -459,3 +482,7 @@ class Engine:
     def _state(self) -> int:
         """The state under the name that ``TaskPool.on_stop`` reads."""
         return self.state
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from memsafe_pool.link import Link
+from memsafe_pool.wire import Report
 
 if TYPE_CHECKING:
     from memsafe_pool.job import Job
@@ -39,8 +40,12 @@ class Child:
         sentinel: A descriptor that is readable when the process has ended, or -1.
         born: When it was started, ``idle_since``: when it last became idle (monotonic seconds).
         tasks: Tasks it has ended.
-        private_bytes: Its private memory after the last task where that was asked for, else 0.
+        report: What it last said of its memory; all 0 before it was ready.
+        first_private_bytes: Its private memory when it was ready.
+        most_bytes: The most that was ever resident in it while it ran a task.
+        trims: How often it has given memory back; ``trimmed_bytes``: how much that was.
         generation: Children of an older generation than the engine's are to be replaced.
+        start_method: How it was started.
         expected: Whether its end is no news: it was told or made to end.
         failure: Why it could not start, where that is known.
     """
@@ -49,31 +54,51 @@ class Child:
         "born",
         "expected",
         "failure",
+        "first_private_bytes",
         "generation",
         "idle_since",
         "index",
         "job",
         "job_terminated",
         "link",
+        "most_bytes",
         "name",
         "pid",
-        "private_bytes",
+        "report",
         "sentinel",
+        "start_method",
         "state",
         "tasks",
+        "trimmed_bytes",
+        "trims",
     )
 
-    def __init__(self, name: str, index: int, sock: socket.socket, *, born: float, generation: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        sock: socket.socket,
+        *,
+        born: float,
+        generation: int,
+        start_method: str,
+    ) -> None:
         self.name, self.index, self.link = name, index, Link(sock)
-        self.born, self.generation = born, generation
+        self.born, self.generation, self.start_method = born, generation, start_method
         self.state = State.STARTING
         self.pid = 0
         self.sentinel = -1
-        self.tasks = self.private_bytes = 0
+        self.report = Report()
+        self.tasks = self.first_private_bytes = self.most_bytes = self.trims = self.trimmed_bytes = 0
         self.idle_since = 0.0
         self.job: Job | None = None
         self.job_terminated = self.expected = False
         self.failure: str | None = None
+
+    @property
+    def private_bytes(self) -> int:
+        """Its private memory, by its last report."""
+        return self.report.private
 
     def signal(self, signum: int) -> bool:
         """Send a signal; return whether there was somebody to get it."""

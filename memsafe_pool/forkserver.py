@@ -43,7 +43,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from celery.utils.imports import import_from_cwd
 
-from memsafe_pool import child, upstream
+from memsafe_pool import child, native, upstream
 
 __all__ = [
     "FAILED",
@@ -149,6 +149,9 @@ def serve(
     except BaseException:  # noqa: BLE001 - the worker logs it and decides
         send_failure(sock)
         os._exit(1)
+    with contextlib.suppress(OSError):  # not with this C library
+        # So that free heap which a child takes into use is new to it, and no page to copy.
+        native.release_heap()
     threads = settled_thread_count()
     if threads > 1:
         _send(sock, REFUSED, _describe_threads(threads, blame))

@@ -89,6 +89,11 @@ class Job:
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.correlation_id or self.function!r}>"
 
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+        return upstream.task_name(self.function, self.args)
+
     def ready(self) -> bool:
         """Whether the job has ended."""
         return self.done

@@ -15,14 +15,16 @@ from typing import Any
 
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.imports import cwd_in_path
+from celery.utils.log import get_logger
 from click import ClickException, get_current_context
 
-from memsafe_pool import child, forkserver, fresh, settings, start, upstream
+from memsafe_pool import child, forkserver, fresh, native, settings, start, upstream
 from memsafe_pool.engine import Engine
 from memsafe_pool.start_forkserver import Forkserver
 
 __all__ = ["Pool", "PoolConfigurationError"]
 
+logger = get_logger(__name__)
 
 _METHODS: dict[str, Callable[[start.Owner, start.Origin], start.StartMethod]] = {
     "forkserver": Forkserver,
@@ -89,6 +91,10 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
 
     def on_start(self) -> None:
         """Make the engine; no child is started."""
+        if missing := native.missing():
+            logger.warning(
+                "Memory of children is looked after as far as that goes here: %s.", "; ".join(missing)
+            )
         descriptors = forkserver.open_descriptors()
         options = self.options
         app, hostname = options["initargs"]
@@ -100,7 +106,8 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
                 hostname=hostname,
                 index=0,
                 name="",
-                max_private_bytes=memory_kib * 1024,
+                trim_idle=self.settings.trim_idle,
+                trim_bytes=self.settings.trim_min,
             ),
             app_name=self._app_name,
             preload=self.settings.preload,
@@ -174,7 +181,7 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
             "writes": _writes(pool),
             "memsafe": {
                 "start_method": pool.crew.start_method.name,
-                "forkserver": getattr(pool.crew.start_method, "pid", None) or None,
+                "forkserver": _forkserver(pool),
                 "children": fleet.size,
                 "idle": len(fleet.idle),
                 "busy": fleet.busy,
@@ -183,8 +190,33 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
                 "starts": pool.crew.starts,
                 "retired": pool.retired,
                 "tasks": pool.tasks,
+                "trims": pool.ledger.trims,
+                "trimmed": pool.ledger.trimmed_bytes,
+                "memory": _memory(pool),
+                "table": pool.ledger.table(),
+                "peaks": pool.ledger.peaks.summaries(),
             },
         }
+
+
+def _forkserver(pool: Engine) -> int | None:
+    return getattr(pool.crew.start_method, "pid", None) or None
+
+
+def _memory(pool: Engine) -> dict[str, Any]:
+    """Return what the limit is, what is used of it, and what of that is ours."""
+    reading, account = pool.reading, pool.ledger.account(_forkserver(pool))
+    return {
+        "limit": reading.lowest_limit_bytes,
+        "limit_source": reading.lowest_limit_source,
+        "used": reading.used_bytes,
+        "headroom": reading.headroom_bytes,
+        "oom_kills": reading.oom_kills,
+        "worker": account.worker,
+        "forkserver": account.forkserver,
+        "children": account.children,
+        "total": account.total,
+    }
 
 
 def _writes(pool: Engine) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Imports neither Celery nor billiard.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,26 @@ def _count(value: Any) -> int:
     if count < 0:
         raise ValueError
     return count
+
+
+#: What may follow a number: powers of 1024 with an i, of 1000 without, as in the SI.
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+def _size(value: Any) -> int:
+    """Bytes: a number of them, or text such as ``"8MiB"``."""
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None or match[2].lower() not in _UNITS:
+            raise ValueError
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    return _count(value)
 
 
 def _modules(value: Any) -> tuple[str, ...]:
@@ -144,6 +165,20 @@ SETTINGS = (
         "Seconds a child may take from its start until it is ready for work.",
     ),
     Setting(
+        "memsafe_trim_idle",
+        _seconds_or_never,
+        0.5,
+        "a number of seconds, 0 or more, or None for never",
+        "Seconds without work after which a child that has grown gives free memory back.",
+    ),
+    Setting(
+        "memsafe_trim_min",
+        _size,
+        8 << 20,
+        "a number of bytes, 0 or more, or a size such as '8MiB'",
+        "Growth since the last time that makes giving memory back worth it.",
+    ),
+    Setting(
         "memsafe_preload",
         _modules,
         (),
@@ -162,12 +197,14 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The values in force. Times are in seconds."""
+    """The values in force. Times are in seconds, sizes in bytes."""
 
     start_method: str
     idle_timeout: float | None
     min_children: int
     start_timeout: float
+    trim_idle: float | None
+    trim_min: int
     preload: tuple[str, ...]
     child_env: dict[str, str]
 

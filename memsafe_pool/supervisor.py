@@ -42,8 +42,11 @@ class ChildFacts(Protocol):
     """What the supervisor reads of a child."""
 
     tasks: int
-    private_bytes: int
     idle_since: float
+
+    @property
+    def private_bytes(self) -> int:
+        """What is its alone, by its last report."""
 
 
 class Fleet(Protocol):

@@ -74,6 +74,7 @@ __all__ = [
     "send_process_shutdown",
     "shield_worker",
     "stop_worker",
+    "task_name",
     "undecodable",
     "unproxied",
     "worker_before_create_process",
@@ -118,6 +119,13 @@ def dump_task(function: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
             *body,
         )
     return pickle.dumps((function, args, kwargs), pickle.HIGHEST_PROTOCOL)
+
+
+def task_name(function: Callable[..., Any], args: Any) -> str:
+    """Return the name of the task that a call runs; of the function, for a call that is none of Celery's."""
+    if function in _TRACERS:
+        return str(args[0])
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def unproxied(value: Any) -> Any:

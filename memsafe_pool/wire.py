@@ -10,12 +10,16 @@ kind      sender      meaning
 ========  ==========  =======================================================
 TASK      worker      run this: payload ``(function, args, kwargs)``
 STOP      worker      leave; nothing follows
-UP        child       ready for work; job: its pid
+UP        child       ready for work; job: its pid; payload: report
 ACK       child       the job begins; number: monotonic seconds
-DONE      child       the job ended; payload ``(succeeded, value)``; number:
-                      private bytes of the child where they are asked for
+DONE      child       the job ended; payload: report, ``(succeeded, value)``
+TRIMMED   child       gave memory back while idle; number: bytes won;
+                      payload: report
 FAILED    child       could not start; payload: text of the traceback
 ========  ==========  =======================================================
+
+A report is a packed :class:`Report`. It comes with the end of the task, so the worker
+knows it before it can hand out more work.
 
 Imports neither Celery nor billiard, and is shared by both sides of the fork.
 """
@@ -24,13 +28,59 @@ from __future__ import annotations
 
 import pickle
 import struct
+from typing import NamedTuple
 
-__all__ = ["ACK", "DONE", "FAILED", "HEAD", "STOP", "TASK", "UP", "Reader", "head", "loads"]
+__all__ = [
+    "ACK",
+    "DONE",
+    "FAILED",
+    "HEAD",
+    "REPORT",
+    "STOP",
+    "TASK",
+    "TRIMMED",
+    "UP",
+    "Reader",
+    "Report",
+    "head",
+    "loads",
+]
 
-TASK, STOP, UP, ACK, DONE, FAILED = range(1, 7)
+TASK, STOP, UP, ACK, DONE, FAILED, TRIMMED = range(1, 8)
 
 #: kind, payload length in bytes, job id, number
 HEAD = struct.Struct("=BQQd")
+
+#: The fields of a :class:`Report`.
+REPORT = struct.Struct("=6Q?")
+
+
+class Report(NamedTuple):
+    """A child's memory, by itself. Numbers are bytes.
+
+    Attributes:
+        resident: What it has, shared pages included.
+        anonymous: Resident memory that is not of a file, shared with other processes or not.
+        private: What would be free if it ended.
+        high: The most that was resident since its last task began.
+        peak: What that task needed at its peak, beyond what was there before it.
+        trimmable: Free heap that is resident: what a trim could win. 0 when little.
+        exact: Whether ``peak`` is that; else it is a lower bound.
+    """
+
+    resident: int = 0
+    anonymous: int = 0
+    private: int = 0
+    high: int = 0
+    peak: int = 0
+    trimmable: int = 0
+    exact: bool = False
+
+    @classmethod
+    def unpack(cls, payload: memoryview) -> Report:
+        """Return the report at the start of a payload."""
+        return cls(*REPORT.unpack_from(payload))
+
 
 head = HEAD.pack
 loads = pickle.loads

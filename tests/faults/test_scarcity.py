@@ -77,7 +77,9 @@ def test_descriptors(start_worker, start_method, tally):
     gate = worker.gate()
     held = worker.call("faulty.hold", gate.path)
     gate.wait_started()
-    before = limit(worker.pid, resource.RLIMIT_NOFILE, max(processes.descriptors(worker.pid)) + 1)
+    taken = processes.descriptors(worker.pid)
+    lowest_free = next(number for number in range(len(taken) + 1) if number not in taken)
+    before = limit(worker.pid, resource.RLIMIT_NOFILE, lowest_free)
     results = [worker.call("faulty.count", tally.path, str(number)) for number in range(2)]
     worker.wait_for_log("Too many open files", timeout=20)
     limit(worker.pid, resource.RLIMIT_NOFILE, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -70,3 +71,9 @@ def wait_idle(pid: int, looks: int = 10) -> None:
         return len(seen) >= looks and len(set(seen[-looks:])) == 1 and seen[-1][0] == psutil.STATUS_SLEEPING
 
     until(is_idle, f"process {pid} to wait for something")
+
+
+def wait_for_event_loop(pid: int) -> None:
+    """Wait until the main thread of a process waits for events, and so for none in particular."""
+    wchan = Path(f"/proc/{pid}/wchan")
+    until(lambda: re.match("ep_poll|do_epoll_wait", wchan.read_text()), f"process {pid} to be idle")

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from billiard.exceptions import TimeLimitExceeded
+from harness import processes
 from harness.brokers import NO_BROKER
 from harness.proxy import Proxy
 from harness.waiting import until
@@ -40,8 +41,11 @@ def lose(worker, cut):
     """Cut the connection while tasks run that are acknowledged.
 
     With messages that are not, a Redis that refuses connections ends the worker: an AttributeError in kombu.
+    And a worker that is still sending the answer to what it was asked here would try to send it until there
+    is a broker, and do nothing else, also on Celery's own pools.
     """
     worker.until(lambda: all(task["acknowledged"] for task in worker.inspect("active")), "acknowledgements")
+    processes.wait_for_event_loop(worker.pid)
     cut()
     worker.wait_for_log("Connection to broker lost")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -19,10 +20,12 @@ PRELUDE = {
 def run(request):
     """Run code in a process of its own, where `native` is imported; return what it prints, in lines.
 
+    Keyword arguments are environment variables. `run.implementation` is the parameter.
+
     A process of its own, because what is tested belongs to the whole process, and could not be undone.
     """
 
-    def run(code: str) -> list[str]:
+    def run(code: str, **environment: str) -> list[str]:
         script = PRELUDE[request.param] + textwrap.dedent(code)
         done = subprocess.run(
             [sys.executable, "-W", "error", "-X", "faulthandler", "-c", script],
@@ -31,6 +34,7 @@ def run(request):
             text=True,
             timeout=100,
             check=False,
+            env={**os.environ, **environment},
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert not done.stderr

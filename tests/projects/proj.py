@@ -16,10 +16,12 @@ import folders  # noqa: F401  # makes the broker url folders:// known
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 
+from memsafe_pool.memory import resident_bytes
+
 app = Celery("proj")
 app.conf.update(json.loads(os.environ.get("TEST_CONFIG", "{}")))
 
-kept: list[bytearray] = []
+kept: list[object] = []
 
 MIB = 1024 * 1024
 
@@ -267,6 +269,39 @@ def peak(mib):
     block = bytearray(b"x") * (mib * MIB)
     del block
     return os.getpid()
+
+
+@app.task
+def small_blocks(mib, keep=0):
+    """Take this much in blocks of 752 bytes of the C heap; keep one of so many for good."""
+    blocks = [None] * (mib * MIB // 760)
+    for at in range(len(blocks)):
+        blocks[at] = bytes(700)
+    if keep:
+        kept.append(blocks[::keep])
+    return os.getpid()
+
+
+@app.task
+def buffers(count, mib):
+    """Take so many blocks of this size at once, and free them, twice; resident memory before and after.
+
+    What is taken after the blocks and stays keeps them from being at the end of the heap.
+    """
+    before = resident_bytes()
+    for _ in range(2):
+        blocks = [bytearray(b"x") * (mib * MIB) for _ in range(count)]
+        kept.append([bytes(100_000) for _ in range(20)])
+        del blocks
+    return before, resident_bytes()
+
+
+@app.task(bind=True)
+def hold_grown(self, gate, mib):
+    """Grow by this much, and wait for the gate."""
+    block = bytearray(b"x") * (mib * MIB)
+    stop_at(self, gate)
+    return len(block)
 
 
 # Processes

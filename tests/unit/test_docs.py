@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import memsafe_pool
+from memsafe_pool.peaks import Summary
 from memsafe_pool.settings import SETTINGS
 
 PACKAGE = Path(memsafe_pool.__file__).parent
@@ -60,9 +61,9 @@ def log_lines():
     return found
 
 
-def keys(function):
-    """The keys of all dicts that a function of ``prefork`` writes down."""
-    module = ast.parse((PACKAGE / "prefork.py").read_text())
+def keys(function, module="prefork"):
+    """The keys of all dicts that a function of a module writes down."""
+    module = ast.parse((PACKAGE / f"{module}.py").read_text())
     [node] = [n for n in ast.walk(module) if isinstance(n, ast.FunctionDef) and n.name == function]
     dicts = [part for part in ast.walk(node) if isinstance(part, ast.Dict)]
     return [key.value for found in dicts for key in found.keys if isinstance(key, ast.Constant)]
@@ -99,7 +100,13 @@ def test_each_log_line_is_documented():
 def test_each_field_of_stats_is_documented():
     """Each key that ``inspect stats`` has under ``pool`` stands in the reference, in code type."""
     reference = text("reference/stats.md")
-    fields = [*keys("_get_info"), *keys("_writes")]
+    fields = [
+        *keys("_get_info"),
+        *keys("_writes"),
+        *keys("_memory"),
+        *keys("_row", "ledger"),
+        *Summary.__annotations__,
+    ]
     assert "max-concurrency" in fields
     # Those of "inqueues" are the last two of their table row.
     names = re.findall(r"`(?:writes\.)?([\w-]+)`", reference)

@@ -19,7 +19,7 @@ STATES = [State.IDLE, State.BUSY, State.LEAVING, State.GONE]
 
 
 def add(fleet, name="child"):
-    child = Child(name, fleet.free_index(), NoSocket(), born=0.0, generation=0)
+    child = Child(name, fleet.free_index(), NoSocket(), born=0.0, generation=0, start_method="spawn")
     fleet.add(child)
     return child
 

@@ -16,13 +16,27 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 CELERYS = {"billiard", "celery", "kombu", "vine"}
 
 #: The modules that know nothing of Celery, so that they can be used and tested without it.
-PURE = ["memory", "native", "settings", "supervisor", "wire"]
+PURE = ["cgroups", "memory", "meter", "native", "peaks", "probe", "settings", "supervisor", "wire"]
 
 #: The worker's side; a child has none of it.
-WORKER_SIDE = {"engine", "fleet", "job", "loop", "prefork", "start", "start_forkserver", "supervisor"}
+WORKER_SIDE = {
+    "crew",
+    "engine",
+    "fleet",
+    "job",
+    "ledger",
+    "link",
+    "loop",
+    "peaks",
+    "prefork",
+    "start",
+    "start_forkserver",
+    "supervisor",
+    "time_limits",
+}
 
 #: The modules that run in a child or in the process it is forked from.
-CHILD_SIDE = ["child", "forkserver", "fresh"]
+CHILD_SIDE = ["child", "forkserver", "fresh", "meter"]
 
 #: The one module that knows the inner parts of Celery and billiard.
 UPSTREAM = "upstream"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import subprocess
+import sys
 
 import pytest
 
-from memsafe_pool.memory import private_bytes, resident_bytes
+from memsafe_pool import memory
+from memsafe_pool.memory import anonymous_bytes, private_bytes, resident_bytes
 
 MB = 1_000_000
 
@@ -27,12 +31,73 @@ def test_growth_shows():
     assert private_bytes() - private < 25 * MB
 
 
+def test_what_is_of_files_is_not_anonymous(tmp_path):
+    """A file that is mapped and read is resident, and neither anonymous nor private."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(30 * MB))
+    before = memory.process()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[::4096]) == 0
+        after = memory.process()
+    assert after.resident - before.resident > 25 * MB
+    assert after.anonymous - before.anonymous < 5 * MB
+    assert after.private - before.private < 40 * MB
+
+
+def test_shared_memory_is_told_apart():
+    """Memory made to be shared is neither of files nor anonymous."""
+    before = memory.shared_memory_bytes()
+    with mmap.mmap(-1, 20 * MB) as shared:
+        shared[:] = b"x" * (20 * MB)
+        assert memory.shared_memory_bytes() - before >= 19 * MB
+    assert memory.shared_memory_bytes() - before < MB
+
+
+def test_a_process_in_one():
+    """The four numbers fit together, for this process and for another."""
+    for pid in ("self", os.getpid()):
+        facts = memory.process(pid)
+        assert 0 < facts.anonymous < facts.resident <= facts.peak
+        assert facts.private > 0
+
+
+def test_limit_and_usage():
+    """There is a limit, and something is used of it; what this process adds is used."""
+    assert 0 < memory.usage() < memory.limit()
+    before = memory.usage()
+    block = bytearray(b"x") * (200 * MB)
+    assert memory.usage() - before > 100 * MB
+    del block
+
+
+def test_trim_collects_and_releases():
+    """Garbage in circles, and heap that something at its end keeps: both are given back."""
+    code = """
+import gc
+from memsafe_pool import memory
+gc.disable()
+blocks = [bytes(700) for _ in range(100_000)]
+kept = blocks[::100]
+del blocks
+for _ in range(30):
+    ring = [bytearray(1_000_000)]
+    ring.append(ring)
+del ring
+won = memory.trim()
+assert won > 80_000_000, won
+assert memory.trim() < 5_000_000
+import sys
+assert not {"celery", "billiard", "kombu"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
 def test_another_process():
     """Any process can be asked about by its pid."""
     assert abs(resident_bytes(os.getpid()) - resident_bytes()) < 5 * MB
 
 
-@pytest.mark.parametrize("function", [resident_bytes, private_bytes])
+@pytest.mark.parametrize("function", [resident_bytes, anonymous_bytes, private_bytes, memory.process])
 def test_a_process_that_is_not_there(function):
     """It raises OSError, so that no number is made up."""
     with pytest.raises(OSError, match="No such"):

@@ -22,6 +22,8 @@ def test_nothing_said_means_the_defaults():
     assert chosen.idle_timeout == 60
     assert chosen.min_children == 0
     assert chosen.start_timeout == 60
+    assert chosen.trim_idle == 0.5
+    assert chosen.trim_min == 8 * 1024**2
     assert chosen.preload == ()
     assert chosen.child_env == {}
 
@@ -50,6 +52,18 @@ ACCEPTED = [
     ("memsafe_min_children", " 7 ", 7),
     ("memsafe_start_timeout", 0.1, 0.1),
     ("memsafe_start_timeout", "30", 30.0),
+    ("memsafe_trim_idle", 0, 0.0),
+    ("memsafe_trim_idle", None, None),
+    ("memsafe_trim_idle", "0.25", 0.25),
+    ("memsafe_trim_min", 0, 0),
+    ("memsafe_trim_min", 1000, 1000),
+    ("memsafe_trim_min", "1000", 1000),
+    ("memsafe_trim_min", "8MiB", 8 * 1024**2),
+    ("memsafe_trim_min", " 1.5 GiB ", 3 * 512 * 1024**2),
+    ("memsafe_trim_min", "512k", 512 * 1024),
+    ("memsafe_trim_min", "2G", 2 * 1024**3),
+    ("memsafe_trim_min", "2GB", 2 * 10**9),
+    ("memsafe_trim_min", "10 b", 10),
     ("memsafe_preload", "", ()),
     ("memsafe_preload", "numpy", ("numpy",)),
     ("memsafe_preload", " numpy , a.b_c ,", ("numpy", "a.b_c")),
@@ -77,6 +91,8 @@ REFUSED = [
     ("memsafe_idle_timeout", ["", -1, -0.001, "soon", True, NAN, INFINITE, "inf", "nan", [], HUGE]),
     ("memsafe_min_children", [-1, "-1", 1.0, "1.0", "two", None, True, False, "", [1]]),
     ("memsafe_start_timeout", [0, 0.0, -1, "0", "", None, True, NAN, INFINITE, "-inf", {}, HUGE]),
+    ("memsafe_trim_idle", ["", -1, "soon", True, NAN, INFINITE]),
+    ("memsafe_trim_min", [-1, "-1", 1.5, None, True, "", "MiB", "8 XB", "8 Mi B", "1e3", "8MiB8", NAN, []]),
     ("memsafe_preload", [None, 1, ["a", 2], ["a-b"], "a b", ".x", "x.", "a..b", [""], {"a": 1}, b"numpy"]),
     (
         "memsafe_child_env",

@@ -15,13 +15,19 @@ from memsafe_pool.wire import HEAD, Reader
 
 MESSAGES = st.lists(
     st.tuples(
-        st.sampled_from([wire.TASK, wire.STOP, wire.UP, wire.ACK, wire.DONE, wire.FAILED]),
+        st.sampled_from([wire.TASK, wire.STOP, wire.UP, wire.ACK, wire.DONE, wire.FAILED, wire.TRIMMED]),
         st.integers(0, 2**64 - 1),
         st.floats(allow_nan=False),
         st.binary(max_size=60) | st.builds(lambda size: b"x" * size, st.integers(60, 5000)),
     ),
     max_size=12,
 )
+
+
+def test_a_report_comes_through():
+    """What a child has packed is what the worker unpacks, whatever follows it."""
+    report = wire.Report(6, 5, 4, 3, 2, 2**63, exact=True)
+    assert wire.Report.unpack(memoryview(wire.REPORT.pack(*report) + b"more")) == report
 
 
 def packed(messages):
@@ -93,7 +99,7 @@ def test_nothing_fed_is_nothing_found():
 
 def test_kinds_are_distinct():
     """Each kind has a number of its own that fits in the head's byte."""
-    kinds = [wire.TASK, wire.STOP, wire.UP, wire.ACK, wire.DONE, wire.FAILED]
+    kinds = [wire.TASK, wire.STOP, wire.UP, wire.ACK, wire.DONE, wire.FAILED, wire.TRIMMED]
     assert len(set(kinds)) == len(kinds)
     assert all(0 < kind < 256 for kind in kinds)
 

@@ -1,0 +1,96 @@
+"""Resident memory of a child that has fragmented its heap, 3 s after its last task, against before the first.
+
+6 tasks, each of which makes 300,000 byte strings of 700 bytes (from malloc) and keeps each hundredth of them.
+In the first row each forgets what the one before it has kept; in the second all is kept until the end, and so
+up to six times as many pages are held by what is kept. The third is the first with 100 bytes, which live in
+Python's own arenas: what is kept holds whole arenas, and no allocator can help. The last two have no bound.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import broker
+import processes
+import row
+from workers import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TASKS = 6
+OBJECTS = 300_000
+IDLE_SECONDS = 3.0
+MUST = 1.25
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Resident bytes of a child before and after."""
+
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+    def __str__(self) -> str:
+        return f"{self.before / 1e6:.0f} to {self.after / 1e6:.0f} MB, {self.ratio:.2f} x"
+
+
+def growth(
+    url: str, pool: str, name: str, *args: object, tasks: int, idle: float, **environment: object
+) -> Growth:
+    """Run the tasks in one child, wait, and look at it from outside."""
+    with Worker(url, pool, 1, **environment) as worker:
+        worker.ready()
+        pid = worker.run("nap", 0.0)["pid"]
+        time.sleep(0.2)
+        before = processes.resident_bytes(pid)
+        for _ in range(tasks):
+            if worker.run(name, *args)["pid"] != pid:
+                raise worker.fail("the tasks did not run in one child")
+        time.sleep(idle)
+        return Growth(before, processes.resident_bytes(pid))
+
+
+def result(measure: str, stock: Growth, mine: Growth, *, bound: bool) -> row.Row:
+    """Both, and our ratio held to the bound."""
+    must = f"<= {MUST:.2f} x" if bound else ""
+    met = mine.ratio <= MUST if bound else None
+    return row.Row(measure, f"prefork {stock}", str(mine), f"{mine.ratio:.2f} x", must, met=met)
+
+
+def fragmented(
+    url: str,
+    options: row.Options,
+    measure: str,
+    length: int,
+    most: int,
+    *,
+    bound: bool,
+    **environment: object,
+) -> row.Row:
+    """Fragment a child of prefork and one of ours."""
+    count = OBJECTS // 10 if options.quick else OBJECTS
+    stock, mine = (
+        growth(url, pool, "fragment", count, length, most, tasks=TASKS, idle=IDLE_SECONDS, **environment)
+        for pool in ("prefork", options.ours)
+    )
+    return result(measure, stock, mine, bound=bound)
+
+
+def rows(options: row.Options) -> Iterator[row.Row]:
+    """Run prefork and our pool in turn, for each kind of object."""
+    with broker.redis_url() as url:
+        name = f"child after {TASKS} tasks of {OBJECTS:,} objects, 1 % kept"
+        yield fragmented(url, options, f"{name} until the next", 700, 1, bound=True)
+        yield fragmented(url, options, "the same, all kept", 700, TASKS, bound=False)
+        yield fragmented(url, options, "as the first, objects of 100 bytes", 100, 1, bound=False)
+
+
+if __name__ == "__main__":
+    row.main(rows, __doc__)

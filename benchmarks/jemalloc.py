@@ -1,0 +1,30 @@
+"""As `fragmentation`, with jemalloc in place of the C library's malloc, for worker and children."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+from typing import TYPE_CHECKING
+
+import broker
+import fragmentation
+import row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def rows(options: row.Options) -> Iterator[row.Row]:
+    """Run prefork and our pool in turn; nothing where there is no jemalloc."""
+    name = "fragmentation, with jemalloc"
+    library = ctypes.util.find_library("jemalloc")
+    if library is None:
+        yield row.Row(name, "", "not run: libjemalloc is not installed")
+        return
+    preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), library]))
+    with broker.redis_url() as url:
+        yield fragmentation.fragmented(url, options, name, 700, 1, bound=True, LD_PRELOAD=preload)
+
+
+if __name__ == "__main__":
+    row.main(rows, __doc__)

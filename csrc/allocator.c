@@ -1,0 +1,291 @@
+/* The allocator: whose it is, what it holds free, giving that back. */
+
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* RTLD_DEFAULT, dladdr and malloc_trim under -std=c99 */
+#endif
+
+#include "memsafe_native.h"
+
+#include <errno.h>
+
+#if defined(__linux__)
+
+#include <dlfcn.h>
+#include <limits.h>
+#include <stdbool.h>
+#include <stdlib.h> /* also defines __GLIBC__, where it is one */
+#include <string.h>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+/* Functions that only the C library has. */
+#define C_LIBRARY_FUNCTION "gnu_get_libc_version"
+#define C_LIBRARY_ALLOCATOR MS_ALLOCATOR_GLIBC
+#else
+#define C_LIBRARY_FUNCTION "__libc_start_main"
+#define C_LIBRARY_ALLOCATOR MS_ALLOCATOR_MUSL
+#endif
+
+/* jemalloc 5: MALLCTL_ARENAS_ALL is 4096. */
+#define ALL_ARENAS "4096"
+
+/* The functions of the allocator, found once and kept; null where it has none. */
+static int (*jemalloc_mallctl)(const char *, void *, size_t *, void *, size_t);
+static void (*mimalloc_collect)(bool);
+static void (*tcmalloc_release)(void);
+static void (*tcmalloc_leave_thread_cache)(void);
+static int (*tcmalloc_number)(const char *, size_t *);
+
+/* As the glibc manual has it; glibc's own declaration is not there before 2.33. */
+struct heap_info {
+    size_t arena, ordblks, smblks, hblks, hblkhd, usmblks, fsmblks, uordblks, fordblks, keepcost;
+};
+static struct heap_info (*glibc_mallinfo2)(void);
+
+/* Nothing is linked: a library that is not there is a null pointer. memcpy, since C99 cannot cast to a function. */
+static void find(const char *name, void *function)
+{
+    void *address = dlsym(RTLD_DEFAULT, name);
+    memcpy(function, &address, sizeof address);
+}
+
+/* The address at which the object that provides this function begins, or NULL. */
+static const void *provider(const char *name)
+{
+    Dl_info found;
+    void *address = dlsym(RTLD_DEFAULT, name);
+
+    return address != NULL && dladdr(address, &found) != 0 ? found.dli_fbase : NULL;
+}
+
+/*
+ * Compares who provides malloc with who provides the names of each allocator: a package may bring a jemalloc for
+ * itself. malloc_usable_size stands for malloc. It has to come with it, and nobody takes its address; in a program
+ * that is not position-independent and does so, malloc would be the program's own stub. Names with a prefix, such as
+ * je_mallctl, are not looked for: a library built with them does not replace malloc.
+ */
+static int find_allocator(void)
+{
+    const void *allocator = provider("malloc_usable_size");
+
+    if (allocator == NULL)
+        return MS_ALLOCATOR_UNKNOWN;
+    if (allocator == provider(C_LIBRARY_FUNCTION)) {
+        find("mallinfo2", &glibc_mallinfo2);
+        return C_LIBRARY_ALLOCATOR;
+    }
+    if (allocator == provider("mallctl")) {
+        find("mallctl", &jemalloc_mallctl);
+        return MS_ALLOCATOR_JEMALLOC;
+    }
+    if (allocator == provider("mi_collect")) {
+        find("mi_collect", &mimalloc_collect);
+        return MS_ALLOCATOR_MIMALLOC;
+    }
+    if (allocator == provider("MallocExtension_ReleaseFreeMemory")) {
+        find("MallocExtension_ReleaseFreeMemory", &tcmalloc_release);
+        find("MallocExtension_MarkThreadTemporarilyIdle", &tcmalloc_leave_thread_cache);
+        find("MallocExtension_GetNumericProperty", &tcmalloc_number);
+        return MS_ALLOCATOR_TCMALLOC;
+    }
+    return MS_ALLOCATOR_UNKNOWN;
+}
+
+int ms_allocator(void)
+{
+    static int kept = -1;
+    int allocator = __atomic_load_n(&kept, __ATOMIC_ACQUIRE);
+
+    /* Who provides malloc does not change while a process lives. Two threads at once find the same. */
+    if (allocator < 0) {
+        allocator = find_allocator();
+        __atomic_store_n(&kept, allocator, __ATOMIC_RELEASE);
+    }
+    return allocator;
+}
+
+/* Its errors are positive. What has no value to get takes NULL and 0, as what has none to set. */
+static int jemalloc_do(const char *name)
+{
+    return -jemalloc_mallctl(name, NULL, NULL, NULL, 0);
+}
+
+static int jemalloc_get(const char *name, size_t *value)
+{
+    size_t size = sizeof *value;
+    return -jemalloc_mallctl(name, value, &size, NULL, 0);
+}
+
+static int release_heap(void)
+{
+    switch (ms_allocator()) {
+#if defined(__GLIBC__)
+    case MS_ALLOCATOR_GLIBC:
+        malloc_trim(0);
+        return 0;
+#endif
+    case MS_ALLOCATOR_JEMALLOC:
+        /* Fails if thread caches are off, which is as good. Those of other threads cannot be reached. */
+        jemalloc_do("thread.tcache.flush");
+        return jemalloc_do("arena." ALL_ARENAS ".purge");
+    case MS_ALLOCATOR_MIMALLOC:
+        /* 2.0.9 keeps each segment of 32 MB in which a block survives: of 395 MB, one survivor kept 36, 60 all. */
+        mimalloc_collect(true);
+        return 0;
+    case MS_ALLOCATOR_TCMALLOC:
+        if (tcmalloc_leave_thread_cache != NULL)
+            tcmalloc_leave_thread_cache();
+        tcmalloc_release();
+        return 0;
+    default:
+        return -ENOSYS;
+    }
+}
+
+/* Or -errno. */
+static int64_t anonymous_memory(void)
+{
+    int64_t resident_bytes, anonymous_bytes;
+    int result = ms_own_memory_bytes(&resident_bytes, &anonymous_bytes);
+
+    return result < 0 ? result : anonymous_bytes;
+}
+
+int64_t ms_release_heap_bytes(void)
+{
+    int64_t before_bytes = anonymous_memory();
+    int result = release_heap();
+    int64_t after_bytes = anonymous_memory();
+
+    if (result < 0)
+        return result;
+    if (before_bytes < 0 || after_bytes < 0 || after_bytes > before_bytes)
+        return 0;
+    return before_bytes - after_bytes;
+}
+
+/*
+ * fordblks is what the heap holds free, not what a release would win: it stays as it is when malloc_trim has given
+ * the pages back, and holes smaller than a page are in it. So the free bytes cannot be more than what is resident and
+ * not in use either. Both are upper bounds: with every other block of 1 kB freed they say 295 MB, and a trim wins 0.
+ */
+static int heap_bytes_glibc(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_bytes)
+{
+    if (glibc_mallinfo2 == NULL)
+        return -ENOSYS;
+    struct heap_info heap = glibc_mallinfo2();
+    int64_t anonymous_bytes = anonymous_memory();
+    int64_t not_in_use_bytes = anonymous_bytes - (int64_t)heap.uordblks;
+
+    *free_bytes = (int64_t)heap.fordblks;
+    *mmapped_bytes = (int64_t)heap.hblkhd;
+    *in_use_bytes = (int64_t)(heap.uordblks - heap.hblkhd);
+    if (anonymous_bytes >= 0 && not_in_use_bytes < *free_bytes)
+        *free_bytes = not_in_use_bytes > 0 ? not_in_use_bytes : 0;
+    return 0;
+}
+
+/* Dirty pages are free and still resident, muzzy ones until the kernel wants them (MADV_FREE). A purge takes both. */
+static int heap_bytes_jemalloc(int64_t *free_bytes)
+{
+    uint64_t epoch = 1;
+    size_t dirty_pages, muzzy_pages, page_bytes;
+
+    /* The numbers are those of the last time that somebody wrote to epoch. */
+    if (jemalloc_mallctl("epoch", NULL, NULL, &epoch, sizeof epoch) != 0 ||
+        jemalloc_get("arenas.page", &page_bytes) < 0 ||
+        jemalloc_get("stats.arenas." ALL_ARENAS ".pdirty", &dirty_pages) < 0 ||
+        jemalloc_get("stats.arenas." ALL_ARENAS ".pmuzzy", &muzzy_pages) < 0)
+        return -ENOSYS; /* jemalloc 4, or built without statistics */
+    *free_bytes = (int64_t)((dirty_pages + muzzy_pages) * page_bytes);
+    return 0;
+}
+
+static int heap_bytes_tcmalloc(int64_t *free_bytes)
+{
+    size_t bytes;
+
+    if (tcmalloc_number == NULL || !tcmalloc_number("tcmalloc.pageheap_free_bytes", &bytes))
+        return -ENOSYS;
+    *free_bytes = (int64_t)bytes;
+    return 0;
+}
+
+int ms_heap_bytes(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_bytes)
+{
+    *free_bytes = 0;
+    *mmapped_bytes = 0;
+    *in_use_bytes = 0;
+    switch (ms_allocator()) {
+    case MS_ALLOCATOR_GLIBC:
+        return heap_bytes_glibc(free_bytes, mmapped_bytes, in_use_bytes);
+    case MS_ALLOCATOR_JEMALLOC:
+        return heap_bytes_jemalloc(free_bytes);
+    case MS_ALLOCATOR_TCMALLOC:
+        return heap_bytes_tcmalloc(free_bytes);
+    default:
+        return -ENOSYS;
+    }
+}
+
+int ms_set_allocator_thresholds(int64_t mmap_bytes, int64_t trim_bytes, int arenas)
+{
+    if (mmap_bytes < -1 || mmap_bytes > INT_MAX || trim_bytes < -1 || trim_bytes > INT_MAX || arenas < -1)
+        return -EINVAL;
+#if defined(__GLIBC__)
+    if (ms_allocator() == MS_ALLOCATOR_GLIBC) {
+        /* The only one of the three that glibc itself can refuse, so it goes first. */
+        if (mmap_bytes >= 0 && !mallopt(M_MMAP_THRESHOLD, (int)mmap_bytes))
+            return -EINVAL;
+        if (trim_bytes >= 0)
+            mallopt(M_TRIM_THRESHOLD, (int)trim_bytes);
+        if (arenas >= 0)
+            mallopt(M_ARENA_MAX, arenas);
+        return 0;
+    }
+#endif
+    return -ENOSYS;
+}
+
+#else
+
+#if defined(__APPLE__)
+#include <malloc/malloc.h>
+#endif
+
+int ms_allocator(void)
+{
+#if defined(__APPLE__)
+    return MS_ALLOCATOR_MACOS;
+#else
+    return MS_ALLOCATOR_UNKNOWN;
+#endif
+}
+
+int64_t ms_release_heap_bytes(void)
+{
+#if defined(__APPLE__)
+    /* NULL: every zone; 0: as much as there is. */
+    return (int64_t)malloc_zone_pressure_relief(NULL, 0);
+#else
+    return -ENOSYS;
+#endif
+}
+
+int ms_heap_bytes(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_bytes)
+{
+    *free_bytes = 0;
+    *mmapped_bytes = 0;
+    *in_use_bytes = 0;
+    return -ENOSYS;
+}
+
+int ms_set_allocator_thresholds(int64_t mmap_bytes, int64_t trim_bytes, int arenas)
+{
+    (void)mmap_bytes;
+    (void)trim_bytes;
+    (void)arenas;
+    return -ENOSYS;
+}
+
+#endif

@@ -1,0 +1,136 @@
+"""Who has how much memory: the worker's account of its children and of what tasks needed.
+
+Runs in the worker. It keeps what children report, looks at those that are in the middle of a
+task, and adds up. It decides nothing.
+
+How pages that several processes share are counted once: all children of a forkserver share with it and
+with each other nothing that is not the forkserver's, too. So everything of the forkserver is counted, and
+of the others what is theirs alone. Pages of files are not counted: the kernel can drop most of
+them, and the limit of a container counts them for whoever read them first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memsafe_pool import memory
+from memsafe_pool.fleet import Child, State
+from memsafe_pool.peaks import Peaks
+
+if TYPE_CHECKING:
+    from memsafe_pool.fleet import Fleet
+    from memsafe_pool.wire import Report
+
+__all__ = ["Account", "Ledger"]
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Memory of the pool in bytes, pages of files left out.
+
+    Attributes:
+        worker: What is the worker's alone; all it has where no forkserver shares that.
+        forkserver: All that the forkserver has; 0 where there is none.
+        children: What is theirs alone, for all children; those that end are in it until they are reaped.
+    """
+
+    worker: int
+    forkserver: int
+    children: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.worker + self.forkserver + self.children
+
+
+class Ledger:
+    """The account.
+
+    Arguments:
+        fleet: The children, kept up to date by the engine.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.peaks = Peaks()
+        self.trims = self.trimmed_bytes = 0
+        self._fleet = fleet
+
+    def ended(self, child: Child, name: str, report: Report) -> None:
+        """Enter what a child said at the end of a task."""
+        child.report = report
+        child.most_bytes = max(child.most_bytes, report.high)
+        self.peaks.add(name, report.peak, exact=report.exact)
+
+    def trimmed(self, child: Child, won: int) -> None:
+        """Enter what a child has given back."""
+        child.trims += 1
+        child.trimmed_bytes += won
+        self.trims += 1
+        self.trimmed_bytes += won
+
+    def private_bytes(self, child: Child) -> int:
+        """Return what is a child's alone, now.
+
+        A child that does nothing has what it said last. One that runs a task has grown since; one
+        that is starting has said nothing yet; one that is ending may have given something back
+        already, which counts as its own until the kernel has it all.
+        """
+        with contextlib.suppress(OSError):  # it has just ended
+            if child.state is State.BUSY:
+                grown = memory.anonymous_bytes(child.pid) - child.report.anonymous
+                return max(child.report.private + grown, 0)
+            if child.state is State.STARTING and child.pid:
+                return memory.private_bytes(child.pid)
+        return child.report.private
+
+    def account(self, forkserver: int | None) -> Account:
+        """Return who has how much now.
+
+        Arguments:
+            forkserver: Pid of the forkserver, or None.
+        """
+        shared = 0
+        if forkserver:
+            with contextlib.suppress(OSError):
+                shared = memory.anonymous_bytes(forkserver)
+        return Account(
+            worker=memory.private_bytes() if shared else memory.anonymous_bytes(),
+            forkserver=shared,
+            children=sum(map(self.private_bytes, self._fleet.children)),
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one row for each child, in the order of their pids."""
+        now = time.monotonic()
+        return [self._row(child, now) for child in sorted(self._fleet.children, key=lambda child: child.pid)]
+
+    def _row(self, child: Child, now: float) -> dict[str, Any]:
+        report, job = child.report, child.job
+        row = {
+            "pid": child.pid,
+            "state": child.state.value,
+            "start_method": child.start_method,
+            "generation": child.generation,
+            "age": round(now - child.born, 3),
+            "tasks": child.tasks,
+            "rss": report.resident,
+            "private": self.private_bytes(child),
+            "private_growth": report.private - child.first_private_bytes,
+            "peak": report.peak,
+            "peak_rss": child.most_bytes,
+            "trimmable": report.trimmable,
+            "trims": child.trims,
+            "trimmed": child.trimmed_bytes,
+            "task": None,
+            "task_id": None,
+            "running": None,
+        }
+        if job is not None:
+            row |= {"task": job.name, "task_id": job.correlation_id}
+            if job.accepted_at is not None:
+                row["running"] = round(now - job.accepted_at, 3)
+        return row

@@ -1,0 +1,459 @@
+"""What the memory limit is, how much is used, under what pressure, and how often the kernel has killed.
+
+Covers limits of memory cgroups (v1 and v2, over all ancestors that can be seen), the machine's memory,
+pressure, counts of out-of-memory kills, and the memory of a tree of processes. Decides nothing. Swap is not
+counted: what was swapped out is not in use, and room for it is not room.
+
+Where cgroups are is in ``cgroups``; the memory of one process by itself is in ``memory``. Imports neither
+Celery nor billiard.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from memsafe_pool.cgroups import NO_LIMIT, Files, Place, field, find
+
+__all__ = ["Pressure", "Probe", "Reading"]
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+Kind = Literal["max", "high", "physical"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """How long processes waited for memory: ``Documentation/accounting/psi.rst``.
+
+    Attributes:
+        some_avg10: Percent of the last 10 s in which at least one process waited, 0 to 100.
+        full_avg10: The same, for all of them at once.
+        some_total_us: Microseconds since the start of the machine or of the cgroup, as ``some_avg10``.
+        full_total_us: The same, as ``full_avg10``.
+        source: The file it comes from: the cgroup's or the machine's.
+    """
+
+    some_avg10: float
+    full_avg10: float
+    some_total_us: int
+    full_total_us: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at memory, all of it in bytes.
+
+    A process stands under several limits at once: its cgroup's, each ancestor's, the machine's. The one that
+    counts is where the least room is left, which need not be the lowest: a container may use 10 % of its own
+    limit while its neighbours have filled the pod's. So ``limit_bytes`` and ``used_bytes`` belong together
+    and to that one, and no growth beyond ``headroom_bytes`` is safe. ``lowest_limit_bytes`` is the most there
+    could ever be, for sizes that must not change whenever a neighbour grows.
+
+    Attributes:
+        limit_bytes: The limit with the least room under it; more than 0.
+        limit_kind: ``"max"``: the kernel kills above it. ``"high"``: it slows down and reclaims above it.
+            ``"physical"``: the machine's memory.
+        limit_source: The file the limit comes from, or ``"physical memory"``.
+        used_bytes: What is used of it, by us and by all others under it, less what the kernel gives back
+            without effort: inactive file pages in a cgroup, what ``MemAvailable`` counts on a machine.
+        used_source: The file or files that comes from.
+        lowest_limit_bytes: The lowest of all limits; more than 0.
+        lowest_limit_source: Where that comes from, as ``limit_source``.
+        high_bytes: The lowest ``memory.high``, None where there is none or it is above the machine's memory.
+        high_source: The file it comes from.
+        physical_bytes: The machine's memory.
+        cgroup: The folder of the cgroup that memory is charged to; None where there is none.
+        oom_kills: Processes that the kernel has killed for want of memory. Version 2: in this cgroup and
+            below, whatever limit it was for. Version 1: in this cgroup alone. It begins anew in another
+            cgroup: compare two readings only if ``cgroup`` is the same. None where the kernel does not count.
+        oom_group: Whether the kernel kills all of a cgroup when it kills one process of it
+            (``memory.oom.group`` here or in an ancestor). False where it cannot. None where there is no
+            cgroup.
+        pressure: The cgroup's in version 2, else the machine's; None where the kernel does not measure it.
+    """
+
+    limit_bytes: int
+    limit_kind: Kind
+    limit_source: str
+    used_bytes: int
+    used_source: str
+    lowest_limit_bytes: int
+    lowest_limit_source: str
+    high_bytes: int | None
+    high_source: str | None
+    physical_bytes: int
+    cgroup: str | None
+    oom_kills: int | None
+    oom_group: bool | None
+    pressure: Pressure | None
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Bytes that are left; negative above a limit, which ``memory.high`` allows."""
+        return self.limit_bytes - self.used_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """One limit that we are under, and the use that counts towards it."""
+
+    limit: int
+    kind: Kind
+    source: str
+    used: int
+    used_source: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What cgroups say. ``high`` is the lowest ``memory.high`` and its file."""
+
+    levels: list[_Level]
+    high: tuple[int, str] | None = None
+    folder: str | None = None
+    oom_kills: int | None = None
+    oom_group: bool | None = None
+
+
+class Probe:
+    """Reads memory limits and use; runs in any process.
+
+    Nothing is remembered between two reads but what was warned about: limits change (Kubernetes resizes in
+    place), processes move, cgroups go. A file that is missing, unreadable or makes no sense is warned about
+    once per file and kind of failure, and what is used instead is in the warning. What not every kernel has
+    is None without a warning: pressure, counts of kills, ``memory.oom.group``.
+
+    Use is compared with physical memory as total less ``MemAvailable``: that takes microseconds, and counts
+    what others use, who take from the same room. What our own processes have of it (``tree_bytes``) is PSS,
+    which takes 60 ms for 6 GB and holds up the process that is looked at: it is read only when asked for.
+
+    Args:
+        root: What stands in front of ``/proc`` and ``/sys``.
+        pid: The process whose cgroup it is about, and whose tree; None for the one that calls.
+        pids: Returns the processes of ``tree_bytes``; None for the process and all its descendants.
+        on_warning: Gets each warning, one sentence; None for this module's logger.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] = "/",
+        *,
+        pid: int | None = None,
+        pids: Callable[[], Iterable[int]] | None = None,
+        on_warning: Callable[[str], object] | None = None,
+    ) -> None:
+        warn = logging.getLogger(__name__).warning
+        # A warning is no format: a path may have a % in it.
+        self._files = Files(os.fspath(root), on_warning or (lambda text: warn("%s", text)))
+        self._pid = pid
+        self._pids = pids
+
+    def read(self) -> Reading:
+        """Return how things are now. About 0.2 ms with one ancestor, 0.03 ms more for each further one."""
+        if sys.platform != "linux":
+            return self._reading(self._machine_elsewhere(), _Group([]), None)
+        machine = self._machine()
+        place = find(self._files, "self" if self._pid is None else self._pid)
+        if place is None:
+            return self._reading(machine, _Group([]), self._pressure(None))
+        if place.version == 1:
+            return self._reading(machine, self._version_1(place, machine.limit), self._pressure(None))
+        return self._reading(machine, self._version_2(place, machine.limit), self._pressure(place.own))
+
+    def tree_bytes(self) -> int:
+        """Return the memory of our processes, in which what they share is counted once. Slow, see the class.
+
+        It is the sum of PSS (``smaps_rollup``), of RSS for those whose PSS cannot be read, with a warning:
+        then what they share is counted more than once. Not on Linux, it is the sum of USS, where shared
+        memory is not counted. Processes that end meanwhile have none.
+        """
+        if sys.platform != "linux":
+            return sum(map(self._unique_bytes, self._tree_elsewhere()))
+        return sum(map(self._proportional_bytes, self._tree()))
+
+    # The machine
+
+    def _machine(self) -> _Level:
+        files, path = self._files, "/proc/meminfo"
+        fallback = "the C library is asked instead"
+        text = files.get(path, fallback)
+        total = files.number_on_line(path, text, b"MemTotal:", fallback)
+        if not total:
+            if total == 0:
+                files.odd(path, text or b"", "memory", fallback)
+            total = max(1, os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES // 1024)
+        available = files.number_on_line(
+            path, text, b"MemAvailable:", "only free memory is taken as available"
+        )
+        if available is None:
+            available = None if text is None else field(text, b"MemFree:")
+        if available is None:
+            available = os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES // 1024
+        used = max(0, total - available) * 1024
+        return _Level(total * 1024, "physical", "physical memory", used, files.prefix + path)
+
+    def _machine_elsewhere(self) -> _Level:
+        import psutil
+
+        source = "psutil.virtual_memory()"
+        try:
+            memory = psutil.virtual_memory()
+            total, used = int(memory.total), int(memory.total - memory.available)
+        except (OSError, RuntimeError, psutil.Error) as exc:
+            self._files.warn(source, "failed", f"failed ({exc})", "nothing is known about what is used")
+            total, used = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES, 0
+        return _Level(max(1, total), "physical", "physical memory", max(0, used), source)
+
+    # cgroups
+
+    def _version_1(self, place: Place, physical: int) -> _Group:
+        files, prefix, own = self._files, self._files.prefix, place.folders[0]
+        levels, stat, used = [], None, 0
+        hierarchy = NO_LIMIT
+        stat_path = f"{own}/memory.stat"
+        for folder in place.folders:
+            limit = files.limit(f"{folder}/memory.limit_in_bytes") or NO_LIMIT
+            if folder is own:
+                stat = files.get(stat_path, "limits of ancestors that cannot be seen are not looked at")
+                # The minimum over all ancestors, also those outside of a container.
+                hierarchy = (
+                    files.number_on_line(
+                        stat_path,
+                        stat,
+                        b"hierarchical_memory_limit ",
+                        "limits that cannot be seen are unknown",
+                    )
+                    or NO_LIMIT
+                )
+            if limit < physical:
+                used, source = self._used_1(folder, stat if folder is own else None)
+                levels.append(_Level(limit, "max", f"{prefix}{folder}/memory.limit_in_bytes", used, source))
+        if hierarchy < min([physical, *(level.limit for level in levels)]):
+            # Use under a limit that cannot be seen is at least that of the highest cgroup that can.
+            used, source = self._used_1(place.folders[-1], None)
+            levels.append(_Level(hierarchy, "max", prefix + stat_path, used, source))
+        path = f"{own}/memory.oom_control"
+        text = files.get(path, "out-of-memory kills are not counted", optional=True)
+        kills = files.number_on_line(path, text, b"oom_kill ", "out-of-memory kills are not counted")
+        return _Group(levels, None, prefix + own, kills, oom_group=False)
+
+    def _used_1(self, folder: str, stat: bytes | None) -> tuple[int, str]:
+        return self._used(
+            f"{folder}/memory.usage_in_bytes", f"{folder}/memory.stat", b"total_inactive_file ", stat
+        )
+
+    def _version_2(self, place: Place, physical: int) -> _Group:
+        files, prefix = self._files, self._files.prefix
+        levels: list[_Level] = []
+        highs, charged, group = [], None, False
+        for folder in place.folders:
+            kind: Kind = "max"
+            limit = files.limit(f"{folder}/memory.max", optional=True)
+            if limit is None:
+                # Neither the root of all cgroups nor one without the controller has memory files.
+                if not files.exists(f"{folder}/memory.current"):
+                    if not files.exists(folder):
+                        files.warn(folder, "gone", "is not there", "the limits of its ancestors are used")
+                    continue
+                files.warn(f"{folder}/memory.max", "missing", "is not there", "taken as no limit")
+                limit = NO_LIMIT
+            charged = charged or folder
+            high = files.limit(f"{folder}/memory.high", optional=True) or NO_LIMIT
+            if high < physical:
+                highs.append((high, f"{prefix}{folder}/memory.high"))
+            if high < limit:
+                limit, kind = high, "high"
+            if limit < physical:
+                used, source = self._used(
+                    f"{folder}/memory.current", f"{folder}/memory.stat", b"inactive_file ", None
+                )
+                levels.append(_Level(limit, kind, f"{prefix}{folder}/memory.{kind}", used, source))
+            group = group or self._is_group(f"{folder}/memory.oom.group")
+        if charged is None:
+            return _Group([])
+        path = f"{charged}/memory.events"
+        text = files.get(path, "out-of-memory kills are not counted", optional=True)
+        kills = files.number_on_line(path, text, b"oom_kill ", "out-of-memory kills are not counted")
+        return _Group(levels, min(highs, default=None), prefix + charged, kills, group)
+
+    def _is_group(self, path: str) -> bool:
+        fallback = "taken as 0"
+        text = self._files.get(path, fallback, optional=True)
+        if text is None:
+            return False
+        if text.strip() not in (b"0", b"1"):
+            self._files.odd(path, text, "0 or 1", fallback)
+        return text.strip() == b"1"
+
+    def _used(self, path: str, stat_path: str, name: bytes, stat: bytes | None) -> tuple[int, str]:
+        """Return the use of one cgroup in bytes, and where it comes from.
+
+        The kernel gathers ``memory.stat`` from all cores in portions, so that inactive file pages may be
+        wrong by 64 pages for each core.
+        """
+        files = self._files
+        used = files.number(
+            path, "the resident memory of our own processes is taken, which is too much of them"
+        )
+        if used is None:
+            return sum(map(self._resident_bytes, self._tree())), "/proc/<pid>/statm"
+        fallback = "inactive file pages are counted as used"
+        if stat is None:
+            stat = files.get(stat_path, fallback)
+        inactive = files.number_on_line(stat_path, stat, name, fallback)
+        if inactive is None:
+            return used, files.prefix + path
+        return max(0, used - inactive), f"{files.prefix}{path} - {stat_path.rpartition('/')[2]}"
+
+    def _reading(self, machine: _Level, group: _Group, pressure: Pressure | None) -> Reading:
+        # The cgroup before the machine where they are equal: the order of the list.
+        levels = [*group.levels, machine]
+        least = min(levels, key=lambda level: level.limit - level.used)
+        lowest = min(levels, key=lambda level: level.limit)
+        high, high_source = group.high or (None, None)
+        return Reading(
+            limit_bytes=least.limit,
+            limit_kind=least.kind,
+            limit_source=least.source,
+            used_bytes=least.used,
+            used_source=least.used_source,
+            lowest_limit_bytes=lowest.limit,
+            lowest_limit_source=lowest.source,
+            high_bytes=high,
+            high_source=high_source,
+            physical_bytes=machine.limit,
+            cgroup=group.folder,
+            oom_kills=group.oom_kills,
+            oom_group=group.oom_group,
+            pressure=pressure,
+        )
+
+    # Pressure
+
+    def _pressure(self, folder: str | None) -> Pressure | None:
+        if folder is not None:
+            path, fallback = f"{folder}/memory.pressure", "the machine's pressure is used"
+            text = self._files.get(path, fallback, optional=True)
+            if text is not None:
+                found = self._parsed_pressure(path, text, fallback)
+                if found is not None:
+                    return found
+        path, fallback = "/proc/pressure/memory", "pressure is not known"
+        text = self._files.get(path, fallback, optional=True)
+        return None if text is None else self._parsed_pressure(path, text, fallback)
+
+    def _parsed_pressure(self, path: str, text: bytes, fallback: str) -> Pressure | None:
+        found = {}
+        try:
+            for line in text.splitlines():
+                name, *words = line.split()
+                values = dict(word.split(b"=") for word in words)
+                found[name] = float(values[b"avg10"]), int(values[b"total"])
+            (some, some_total), (full, full_total) = found[b"some"], found[b"full"]
+        except (ValueError, KeyError):
+            self._files.odd(path, text, "pressure", fallback)
+            return None
+        return Pressure(some, full, some_total, full_total, self._files.prefix + path)
+
+    # Our own processes
+
+    def _tree(self) -> list[int]:
+        """Return the pids of ``pids``, or of the process and all its descendants."""
+        if self._pids is not None:
+            return list(self._pids())
+        files = self._files
+        top = os.getpid() if self._pid is None else self._pid
+        below: dict[int, list[int]] = {}
+        try:
+            names = os.listdir(f"{files.prefix}/proc")
+        except OSError as exc:
+            files.warn("/proc", "list", f"cannot be listed ({exc.strerror})", "descendants are not counted")
+            names = []
+        for name in names:
+            if name.isdigit() and name.isascii():
+                parent = self._parent(name)
+                if parent is not None:
+                    below.setdefault(parent, []).append(int(name))
+        found = {top: None}
+        todo = [top]
+        while todo:
+            for child in below.get(todo.pop(), ()):
+                if child not in found:  # a reused pid may look like a circle
+                    found[child] = None
+                    todo.append(child)
+        return list(found)
+
+    def _parent(self, pid: str) -> int | None:
+        path = f"/proc/{pid}/stat"
+        try:
+            text = self._files.read(path)
+        except OSError:
+            return None  # it has ended
+        # The name, in parentheses, may have anything in it: proc(5).
+        words = text.rpartition(b")")[2].split()
+        if len(words) > 1 and words[1].isdigit():
+            return int(words[1])
+        self._files.odd("/proc/<pid>/stat", text, "parent", "the process is not counted")
+        return None
+
+    def _proportional_bytes(self, pid: int) -> int:
+        """Return the PSS of a process in bytes, its RSS where that cannot be read, 0 where it has ended."""
+        problem = "has no line 'Pss:'"
+        try:
+            kilobytes = field(self._files.read(f"/proc/{pid}/smaps_rollup"), b"Pss:")
+        except OSError as exc:
+            kilobytes, problem = None, f"cannot be read ({exc.strerror})"
+        if kilobytes is not None:
+            return 1024 * kilobytes
+        resident = self._resident_bytes(pid)
+        if resident:
+            # Once, not for each of the processes.
+            fallback = "resident memory is taken, which counts what processes share more than once"
+            self._files.warn("/proc/<pid>/smaps_rollup", "unreadable", problem, fallback)
+        return resident
+
+    def _resident_bytes(self, pid: int) -> int:
+        try:
+            text = self._files.read(f"/proc/{pid}/statm")
+        except OSError:
+            return 0  # it has ended
+        words = text.split()
+        if len(words) > 1 and words[1].isdigit():
+            return int(words[1]) * _PAGE_BYTES
+        self._files.odd("/proc/<pid>/statm", text, "resident memory", "the process is not counted")
+        return 0
+
+    def _tree_elsewhere(self) -> list[int]:
+        if self._pids is not None:
+            return list(self._pids())
+        import psutil
+
+        try:
+            top = psutil.Process(self._pid)
+            return [top.pid, *(child.pid for child in top.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _unique_bytes(self, pid: int) -> int:
+        """Return the USS of a process in bytes, its RSS where that may not be read, 0 where it has ended."""
+        import psutil
+
+        try:
+            process = psutil.Process(pid)
+            try:
+                return int(process.memory_full_info().uss)
+            except (psutil.AccessDenied, AttributeError) as exc:
+                fallback = "resident memory is taken, which counts what processes share more than once"
+                self._files.warn("psutil", "uss", f"cannot read the USS of a process ({exc})", fallback)
+                return int(process.memory_info().rss)
+        except psutil.NoSuchProcess:
+            return 0
+        except (OSError, RuntimeError, psutil.Error) as exc:
+            self._files.warn("psutil", "rss", f"cannot read a process ({exc})", "the process is not counted")
+            return 0

@@ -1,0 +1,248 @@
+"""What a child measures of its tasks, in a process of its own: each script is a child without a worker."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PRELUDE = """
+import gc, os, sys, time
+from memsafe_pool import meter as module, native, wire
+from memsafe_pool.meter import Meter
+
+MIB = 1 << 20
+
+def small(mib, keep=0):
+    # Blocks of the C heap, too large for the arenas of Python: 752 bytes each, and 8 for the pointer.
+    blocks = [None] * (mib * MIB // 760)
+    for at in range(len(blocks)):
+        blocks[at] = bytes(700)
+    return blocks[::keep] if keep else None
+
+def child_meter(trim_idle=None):
+    native.set_allocator_thresholds(mmap_bytes=MIB, trim_bytes=4 * MIB)
+    return Meter(8 * MIB, trim_idle, 4 * MIB)
+
+def large(mib):
+    bytearray(mib * MIB)
+
+def measure(meter, task, *args, name="task"):
+    meter.begin()
+    if meter.doubtful:
+        meter.watch(name)
+    result = task(*args)
+    return wire.Report.unpack(meter.end()), result
+
+def close(report, mib):
+    assert report.exact, report
+    assert abs(report.peak - mib * MIB) <= max(MIB, 0.02 * mib * MIB), (report.peak / MIB, mib, report)
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(code)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+linux_only = pytest.mark.skipif(
+    sys.platform != "linux", reason="the kernel's peak counter can be reset on Linux only"
+)
+
+
+@linux_only
+@pytest.mark.parametrize("task", ["large", "small"])
+def test_each_task_has_its_own_peak(task):
+    """Large or small, and small after large: the peak is what this task needed."""
+    run(f"""
+        meter = child_meter()
+        for mib in (1, 200, 2, 50, 1, 120, 30, 3):
+            close(measure(meter, {task}, mib)[0], mib)
+    """)
+
+
+@linux_only
+def test_heap_that_is_used_again_is_a_tasks_own():
+    """A task that fits into what another has left free needs no new memory, and has its peak all the same."""
+    run("""
+        meter = child_meter()
+        kept = measure(meter, small, 200, 100)[1]  # one block of a hundred stays, so the heap does
+        for mib in (100, 5, 150, 20):
+            report, _ = measure(meter, small, mib)
+            assert report.resident > 190 * MIB and report.trimmable > 150 * MIB, report
+            close(report, mib)
+    """)
+
+
+@linux_only
+def test_what_may_be_hidden_and_was_not_looked_at_is_a_lower_bound():
+    """Without the allowance for it the peak is not called exact; it is not too high."""
+    run("""
+        module.ALLOWANCE_SECONDS = 0.0
+        meter = Meter(8 * MIB, None)
+        meter._looking._not_before = float("inf")
+        kept = measure(meter, small, 200, 100)[1]
+        report, _ = measure(meter, small, 100)
+        assert not report.exact and report.peak < 100 * MIB, report
+    """)
+
+
+@linux_only
+def test_a_task_that_reuses_nothing_is_let_off():
+    """Heap is not looked at again and again for a task that leaves it alone; for another one it is."""
+    run("""
+        looks = []
+        real = module._heap_bytes
+        module._heap_bytes = lambda: looks.append(1) or real()
+        meter = child_meter()
+        kept = measure(meter, small, 100, 100)[1]
+        for _ in range(500):
+            measure(meter, int, name="idle")
+        assert len(looks) < 30, len(looks)
+        before = len(looks)
+        close(measure(meter, small, 50, name="other")[0], 50)
+        assert len(looks) == before + 2
+    """)
+
+
+@linux_only
+def test_reading_a_model_is_no_peak():
+    """Memory that a task only reads is not its own, however much it is."""
+    run("""
+        model = bytearray(200 * MIB)
+        meter = child_meter()
+        kept = measure(meter, small, 60, 100)[1]
+        report, _ = measure(meter, sum, memoryview(model)[:: 4096], name="read")
+        assert report.peak <= MIB, report
+    """)
+
+
+def test_private_memory_is_what_smaps_says():
+    """New memory counts at once; what is given back is off."""
+    run("""
+        from memsafe_pool.memory import private_bytes
+        meter = Meter(8 * MIB, None)
+        kept = []
+        for mib in (40, 20, 1):
+            report, _ = measure(meter, lambda mib: kept.append(bytearray(mib * MIB)), mib)
+            assert abs(report.private - private_bytes()) <= 2 * MIB, (report, private_bytes())
+        kept.clear()
+        report, _ = measure(meter, int)
+        assert abs(report.private - private_bytes()) <= 2 * MIB, (report, private_bytes())
+    """)
+
+
+@linux_only
+def test_a_forked_copy_is_measured_by_itself():
+    """What is shared after a fork is not private; what is written to becomes it."""
+    run("""
+        from memsafe_pool.memory import private_bytes
+        model = bytearray(b"x") * (100 * MIB)
+        pid = os.fork()
+        if pid == 0:
+            meter = Meter(8 * MIB, None)
+            first = wire.Report.unpack(meter.report())
+            assert first.private < 20 * MIB, first
+            def write():
+                for at in range(0, 60 * MIB, 4096):
+                    model[at] = 1
+            report, _ = measure(meter, write)
+            deadline = time.monotonic() + 10
+            while report.private < 60 * MIB and time.monotonic() < deadline:
+                report, _ = measure(meter, int)  # it looks again when that has become cheap
+            assert abs(report.private - private_bytes()) <= 2 * MIB and report.private > 60 * MIB, report
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+    """)
+
+
+def test_trim():
+    """Trimming gives back what is free, says how much, and is not worth it again until there is more."""
+    run("""
+        meter = Meter(8 * MIB, 0.5)
+        assert meter.patience is None
+        report, kept = measure(meter, small, 100, 100)
+        if sys.platform == "linux":
+            assert meter.patience == 0.5
+        won, packed = meter.trim()
+        after = wire.Report.unpack(packed)
+        if sys.platform == "linux":
+            assert won > 80 * MIB and after.resident < report.resident - 80 * MIB, (won, after)
+        assert meter.patience is None and after.trimmable < 8 * MIB
+        measure(meter, int)
+        assert meter.patience is None
+        close(measure(meter, small, 50)[0], 50)
+    """)
+
+
+def test_garbage_is_collected_before():
+    """What only the collector can free is won, too."""
+    run("""
+        gc.disable()
+        def cycles():
+            for _ in range(60):
+                ring = [bytearray(MIB)]
+                ring.append(ring)
+        meter = Meter(8 * MIB, 0.5)
+        measure(meter, cycles)
+        assert meter.trim()[0] > 55 * MIB
+    """)
+
+
+def test_trims_that_win_little_become_rare():
+    """Growth that is in use is not worth a look every time; a good trim makes it as before."""
+    run("""
+        meter = Meter(8 * MIB, 0.5)
+        kept = []
+        delays = []
+        for _ in range(10):
+            measure(meter, lambda: kept.append(bytearray(10 * MIB)))
+            delays.append(meter.patience)
+            meter.trim()
+        assert delays[:4] == [0.5, 1.0, 2.0, 4.0] and max(delays) == 60.0, delays
+        _, rest = measure(meter, small, 100, 100)
+        meter.trim()
+        kept.append(bytearray(10 * MIB))
+        measure(meter, int)
+        assert meter.patience == 0.5
+    """)
+
+
+def test_never_means_never():
+    """With no ``trim_idle`` nothing is waited for."""
+    run("""
+        meter = Meter(8 * MIB, None)
+        measure(meter, small, 100, 100)
+        assert meter.patience is None
+    """)
+
+
+@linux_only
+def test_without_a_descriptor_left_it_goes_on():
+    """A task that has taken all descriptors is measured as far as that goes, and nothing is raised."""
+    run("""
+        import resource
+        meter = Meter(8 * MIB, 0.5)
+        kept = measure(meter, small, 100, 100)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        taken = []
+        try:
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            pass
+        report, _ = measure(meter, small, 50)
+        assert report.resident > 0, report
+        time.sleep(0.3)
+        measure(meter, lambda: taken.append(bytearray(20 * MIB)))
+        meter.trim()
+    """)
