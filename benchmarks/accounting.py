@@ -83,7 +83,7 @@ def task(chance: random.Random) -> tuple[str, list[object]]:
     if kind == "cache":
         return "cache", [chance.randrange(MEGABYTE // 10, 2 * MEGABYTE)]
     if kind == "fragment":
-        return "fragment", [chance.randrange(10_000, 60_000), 700, 3]
+        return "fragment", [chance.randrange(10_000, 60_000), 700, 3, True]
     return ("nap", [chance.uniform(0.2, 2.0)]) if kind == "sleep" else ("noop", [])
 
 

@@ -155,10 +155,10 @@ _kept: deque[Any] = deque()
 
 
 @app.task(name="fragment", bind=True)
-def fragment(self: Any, count: int, length: int, most: int) -> None:
-    """Make `count` byte strings and keep each hundredth; forget those of all but the last `most` tasks."""
+def fragment(self: Any, count: int, length: int, most: int, scattered: bool) -> None:
+    """Make `count` byte strings, keep each hundredth or the last 1 %, of `most` tasks."""
     objects = [bytes(length) for _ in range(count)]
-    _kept.append(objects[::100])
+    _kept.append(objects[::100] if scattered else objects[-count // 100 :])
     while len(_kept) > most:
         _kept.popleft()
     _done(self, sum(map(_block_bytes, objects)))

@@ -1,9 +1,10 @@
 """Resident memory of a child that has fragmented its heap, 3 s after its last task, against before the first.
 
-6 tasks, each of which makes 300,000 byte strings of 700 bytes (from malloc) and keeps each hundredth of them.
-In the first row each forgets what the one before it has kept; in the second all is kept until the end, and so
-up to six times as many pages are held by what is kept. The third is the first with 100 bytes, which live in
-Python's own arenas: what is kept holds whole arenas, and no allocator can help. The last two have no bound.
+6 tasks, each of which makes 300,000 byte strings of 700 bytes (from malloc) and keeps each hundredth of them,
+so that what is kept is scattered over all of the heap and holds a page each. In the first row each task
+forgets what the one before it has kept; in the second all is kept until the end, so that up to six times as
+many pages are held. The third is the first with 100 bytes, which live in Python's own arenas: what is kept
+there holds whole arenas, and no allocator can help. The last two have no bound.
 """
 
 from __future__ import annotations
@@ -68,16 +69,17 @@ def fragmented(
     url: str,
     options: row.Options,
     measure: str,
-    length: int,
-    most: int,
+    length: int = 700,
+    most: int = 1,
     *,
-    bound: bool,
+    scattered: bool = True,
+    bound: bool = False,
     **environment: object,
 ) -> row.Row:
-    """Fragment a child of prefork and one of ours."""
-    count = OBJECTS // 10 if options.quick else OBJECTS
+    """Fragment a child of prefork and one of ours; the arguments are those of the task."""
+    arguments = (OBJECTS // 10 if options.quick else OBJECTS, length, most, scattered)
     stock, mine = (
-        growth(url, pool, "fragment", count, length, most, tasks=TASKS, idle=IDLE_SECONDS, **environment)
+        growth(url, pool, "fragment", *arguments, tasks=TASKS, idle=IDLE_SECONDS, **environment)
         for pool in ("prefork", options.ours)
     )
     return result(measure, stock, mine, bound=bound)
@@ -87,9 +89,9 @@ def rows(options: row.Options) -> Iterator[row.Row]:
     """Run prefork and our pool in turn, for each kind of object."""
     with broker.redis_url() as url:
         name = f"child after {TASKS} tasks of {OBJECTS:,} objects, 1 % kept"
-        yield fragmented(url, options, f"{name} until the next", 700, 1, bound=True)
-        yield fragmented(url, options, "the same, all kept", 700, TASKS, bound=False)
-        yield fragmented(url, options, "as the first, objects of 100 bytes", 100, 1, bound=False)
+        yield fragmented(url, options, f"{name} until the next", bound=True)
+        yield fragmented(url, options, "the same, all kept", most=TASKS)
+        yield fragmented(url, options, "as the first, objects of 100 bytes", length=100)
 
 
 if __name__ == "__main__":

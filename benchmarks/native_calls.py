@@ -8,6 +8,7 @@ own uncertainty about resident memory (it adds up what each CPU has counted in p
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -57,11 +58,13 @@ def measure(count: int) -> dict[str, tuple[int, float, int, int]]:
         times = max(count // SLOW.get(name, 1), 100)
         for _ in range(times // 100):
             function()
+        gc.collect()  # so that garbage is not taken for a leak
         bytes_before, descriptors_before = processes.resident_bytes(os.getpid()), descriptors()
         began = time.perf_counter()
         for _ in range(times):
             function()
         spent = time.perf_counter() - began
+        gc.collect()
         grown = processes.resident_bytes(os.getpid()) - bytes_before
         results[name] = times, spent / times * 1e6, grown, descriptors() - descriptors_before
     return results

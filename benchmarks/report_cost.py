@@ -1,6 +1,6 @@
 """CPU that a child's report on its memory adds to a no-op task, and what the meter costs by itself.
 
-First row: worker and children of our pool at `-c 20`, against the same with a meter that measures nothing and
+First row: worker and children of our pool at `-c 4`, against the same with a meter that measures nothing and
 a worker that does not look at reports (`no_meter`); see `turns` for how the two are compared. The median of
 all pairs' differences is held to the bound, and that of their ratios; the middle half is in brackets.
 Second: `Meter.begin()` and `Meter.end()` in a loop in one process, the median of many short loops.
@@ -22,9 +22,9 @@ from memsafe_pool.meter import Meter
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CONCURRENCY = 20
-TASKS = 400
-BATCHES = 24
+CONCURRENCY = 4
+TASKS = 150
+BATCHES = 60
 MUST_US = 30.0
 MUST_RATIO = 1.03
 TRIM_BYTES = 8 << 20  # of memsafe_trim_min
@@ -51,10 +51,10 @@ def meter_us(loops: int, calls: int = 500) -> list[float]:
 
 def rows(options: row.Options) -> Iterator[row.Row]:
     """Run our pool with and without the report; then the meter by itself."""
-    tasks, batches = (300, 4) if options.quick else (TASKS, BATCHES)
+    tasks, batches = (150, 6) if options.quick else (TASKS, BATCHES)
     pairs: list[tuple[float, float]] = []
     with broker.redis_url() as url:
-        for repetition in range(options.repeats(2)):
+        for repetition in range(options.repeats(1)):
             with (
                 Worker(url, options.ours, CONCURRENCY, BENCH_METER="none") as without,
                 Worker(url, options.ours, CONCURRENCY) as mine,

@@ -347,6 +347,7 @@ class Engine:
         elif kind == wire.TRIMMED:
             child.report = wire.Report.unpack(payload)
             self.ledger.trimmed(child, int(value))
+            logger.debug("%s gave back %s", child, _mib(value))
         elif kind == wire.FAILED:
             child.failure = bytes(payload).decode(errors="replace")
 
@@ -484,5 +485,5 @@ class Engine:
         return self.state
 
 
-def _mib(size: int) -> str:
+def _mib(size: float) -> str:
     return f"{size / (1 << 20):.0f} MiB"

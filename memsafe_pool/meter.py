@@ -7,11 +7,12 @@ Runs in the child. For each task there is a report (``wire.Report``); how it is 
 * **Reuse.** A task that fits into heap which an earlier one has left free does not raise the
   peak. Where that can be, the kernel is asked which pages of the heap were touched: their
   referenced bits are cleared before the task and counted after it. This costs some
-  milliseconds for a large heap, so it is not done again soon for a task that reuses nothing, and
-  has an allowance. Where it was not done, or can not be, the report says that the peak is a lower bound.
+  milliseconds for a large heap, so it is not done again soon for a task that needs little, and has
+  an allowance. Where it was not done, or can not be, the report says that the peak is a lower bound.
 * **Private memory.** ``smaps_rollup`` is exact and takes a millisecond or more. It is read
   again when pages were touched for the first time since, for at most a small share of the
-  time; in between, what the process has grown is added.
+  time; in between, what the process has grown is added. Before the first time it is
+  estimated from the number of page faults.
 
 See also ``native`` for what is read how, and what it costs.
 """
@@ -34,7 +35,7 @@ __all__ = ["Meter"]
 _MIB = 1 << 20
 
 #: Heap of this size may be reused unnoticed: the error of a peak that is called exact.
-DOUBT_BYTES = _MIB
+DOUBT_BYTES = _MIB // 2
 
 #: Referenced pages of the heap that are Celery's own doing, and not a task's; less where less was seen.
 TOUCHED_BYTES = _MIB
@@ -44,10 +45,13 @@ TOUCHED_BYTES = _MIB
 SHARE = 0.005
 ALLOWANCE_SECONDS = 2.0
 
+#: Seconds until the first exact numbers: starting a child is to be fast, and some live no longer.
+START_SECONDS = 0.5
+
 #: Seconds after which the statistics of the heap are read again although the process has not grown.
 HEAP_STALE_SECONDS = 1.0
 
-#: A task that was found to reuse nothing so often in a row is let off once, then twice, four times and so on.
+#: A task that was found to need little so often in a row is let off once, then twice, four times and so on.
 LOOKS, MOST_LET_OFF = 4, 1024
 
 #: A trim threshold that is never reached; the largest number that the allocator takes.
@@ -60,11 +64,16 @@ _PAGE_BYTES = resource.getpagesize()
 
 
 class _Expense:
-    """Keeps something dear to ``SHARE`` of the time; so many seconds of that can be saved up."""
+    """Keeps something dear to ``SHARE`` of the time.
 
-    def __init__(self, allowance: float = 0.0) -> None:
+    Arguments:
+        allowance: Seconds of that which can be saved up, and are there at the start.
+        delay: Seconds until it is allowed for the first time.
+    """
+
+    def __init__(self, allowance: float = 0.0, delay: float = 0.0) -> None:
         self._saved = allowance / SHARE
-        self._not_before = float("-inf")
+        self._not_before = time.monotonic() + delay if delay else float("-inf")
 
     def allowed(self) -> bool:
         return time.monotonic() >= self._not_before
@@ -92,32 +101,24 @@ class Meter:
         self._trim_bytes, self._trim_idle = trim_bytes, trim_idle
         self._delay = trim_idle or 0.0
         self._heap_end_bytes = heap_end_bytes
-        self._private, self._looking, self._heap = _Expense(), _Expense(ALLOWANCE_SECONDS), _Expense()
-        # Other allocators have their memory elsewhere than in the heap proper.
-        self._can_look = native.allocator() == "glibc"
+        self._looking = _Expense(allowance=ALLOWANCE_SECONDS)
+        self._heap, self._private = _Expense(delay=START_SECONDS), _Expense(delay=START_SECONDS)
+        self._on_glibc = native.allocator() == "glibc"
         self._touched_bytes = TOUCHED_BYTES
         self._let_off: dict[str, tuple[int, int]] = {}  # looks in vain, times to let off
-        self._watched: tuple[str, int] | None = None
+        self._name = ""
+        self._heap_before: int | None = None  # in a task that is watched
         self._shared_memory_bytes = 0
-        self._free_bytes, self._free_at, self._free_read = 0, 0, float("-inf")
-        self._private_bytes = self._private_at = self._faults = 0
         self._resident, self._anonymous = native.own_memory()
-        self._anonymous_after = self._anonymous
-        self._reusable_before = 0
+        self._anonymous_after = self._trimmed_at = self._anonymous
         self._high_before: int | None = None
-        self._set_base(self._anonymous)
-        self._read_private(self._anonymous)
-
-    def _set_base(self, anonymous: int) -> None:
-        """Take what the process has now, just trimmed, for what it needs."""
-        self._base = anonymous
-        # Holes that are smaller than a page, or share one with what is in use.
-        heap = _heap_bytes()
-        try:
-            in_use = native.heap_bytes().in_use
-        except OSError:
-            in_use = 0  # not known on this platform
-        self._holes = max(heap[0] - in_use, 0) if heap and in_use else 0
+        self._reusable_before = 0
+        self._free_bytes, self._free_at, self._free_read = 0, self._anonymous, time.monotonic()
+        # Each page that is not shared, or not any more, has been faulted in; some of files have, too.
+        self._faults = _faults()
+        self._private_bytes = min(self._faults * _PAGE_BYTES, self._anonymous)
+        self._private_at = self._anonymous
+        self._private_estimated = True
 
     # -- one task
 
@@ -125,7 +126,7 @@ class Meter:
         """Start to measure a task."""
         self._resident, self._anonymous = self._memory()
         self._reusable_before = self._reusable(self._anonymous)
-        self._watched = None
+        self._heap_before = None
         try:
             native.reset_peak()
             self._high_before = None
@@ -143,32 +144,47 @@ class Meter:
         Arguments:
             name: The task's name.
         """
+        self._name = name
         looks, left = self._let_off.get(name, (0, 0))
-        if not self._can_look:
-            pass
+        if not self._on_glibc:
+            pass  # other allocators have their memory elsewhere than in the heap proper
         elif left:
             self._let_off[name] = looks, left - 1
         elif self._looking.allowed():
             with self._looking.spend():
-                heap = _heap_bytes()
+                heap = _heap_pages()
                 if heap is not None and _forget_references():
-                    self._watched = name, heap[0]
-                    # What the task frees at the end of the heap has to stay until it was counted.
-                    self._keep_heap_end(_NEVER)
+                    self._heap_before = heap[0]
+                    if self._heap_end_bytes is not None:
+                        # What the task frees at the end of the heap has to stay until it was counted.
+                        native.set_allocator_thresholds(trim_bytes=_NEVER)
 
     def end(self) -> bytes:
         """Return the report on the task that began last, packed."""
+        high = self._high(self._resident)
+        reused, certain = (
+            (0, not self.doubtful) if self._heap_before is None else self._reused(self._heap_before)
+        )
         resident, anonymous = self._memory()
-        high = self._high(resident)
         if self._high_before is None or high > self._high_before:
-            peak, exact = high - self._resident - self._grown_files(resident, anonymous), not self.doubtful
+            peak = high - self._resident - self._grown_files(resident, anonymous)
         else:
-            peak, exact = 0, False  # below an older peak, which can not be reset here
-        peak = max(peak, anonymous - self._anonymous, 0)
-        if self._watched is not None:
-            reused, exact = self._reused(*self._watched)
-            peak += reused
-        return self._pack(resident, anonymous, high, peak, exact)
+            peak, certain = 0, False  # below an older peak, which can not be reset here
+        peak = max(peak, anonymous - self._anonymous, 0) + reused
+        if self.doubtful:
+            self._learn(little=peak <= DOUBT_BYTES)
+        return self._pack(resident, anonymous, high, peak, certain)
+
+    def _learn(self, *, little: bool) -> None:
+        """Look less often at a task that needs little, and always at one that does not."""
+        if not little:
+            self._let_off.pop(self._name, None)
+        elif self._heap_before is not None:
+            looks = self._let_off.get(self._name, (0, 0))[0] + 1
+            self._let_off[self._name] = (
+                looks,
+                min(2 ** (looks - LOOKS) if looks >= LOOKS else 0, MOST_LET_OFF),
+            )
 
     def report(self) -> bytes:
         """Return a report without a task, packed."""
@@ -210,69 +226,59 @@ class Meter:
         self._shared_memory_bytes = shared_memory
         return grown
 
-    def _reused(self, name: str, heap_before: int) -> tuple[int, bool]:
+    def _reused(self, heap_before: int) -> tuple[int, bool]:
         """How much heap that had been free was used, and whether that is certain."""
         with self._looking.spend():
-            heap = _heap_bytes()
-        self._keep_heap_end(self._heap_end_bytes)
+            heap = _heap_pages()
+        if self._heap_end_bytes is not None:
+            native.set_allocator_thresholds(trim_bytes=self._heap_end_bytes)
+            bytearray(_TRIGGER_BYTES)
         if heap is None:
             return 0, False
         now, referenced = heap
-        new = max(now - heap_before, 0)
-        touched = max(referenced - new, 0)
+        touched = max(referenced - max(now - heap_before, 0), 0)
         self._touched_bytes = min(self._touched_bytes, touched)
-        reused = min(touched - self._touched_bytes, self._reusable_before)
-        if reused > DOUBT_BYTES:
-            self._let_off.pop(name, None)
-        else:
-            looks = self._let_off.get(name, (0, 0))[0] + 1
-            self._let_off[name] = looks, min(2 ** (looks - LOOKS) if looks >= LOOKS else 0, MOST_LET_OFF)
         # What was used and then given back to the kernel is not seen.
-        return reused, now > heap_before - DOUBT_BYTES
-
-    def _keep_heap_end(self, trim_bytes: int | None) -> None:
-        if self._heap_end_bytes is not None:
-            native.set_allocator_thresholds(trim_bytes=trim_bytes)
-            bytearray(_TRIGGER_BYTES)
+        certain = now > heap_before - DOUBT_BYTES
+        return min(touched - self._touched_bytes, self._reusable_before), certain
 
     # -- numbers that cost something
 
     def _reusable(self, anonymous: int) -> int:
         """Resident bytes of the heap that are free: what a task may reuse, or a trim win. 0 when little."""
-        grown = anonymous - self._base + self._holes
-        if grown <= DOUBT_BYTES:
-            return 0
-        now = time.monotonic()
         changed = abs(anonymous - self._free_at) > DOUBT_BYTES // 4
-        if (changed or now - self._free_read > HEAP_STALE_SECONDS) and self._heap.allowed():
-            with self._heap.spend():
-                try:
-                    self._free_bytes = native.heap_bytes().free
-                except OSError:
-                    self._free_bytes = grown  # not known on this platform: it may be all of it
-            self._free_at, self._free_read = anonymous, now
-            changed = False
-        # Free bytes that were given back are still free, but not resident any more.
-        return grown if changed else min(self._free_bytes, grown)
+        if (changed or time.monotonic() - self._free_read > HEAP_STALE_SECONDS) and self._heap.allowed():
+            self._read_free(anonymous)
+        # What the process has grown since may be free again.
+        reusable = self._free_bytes + max(anonymous - self._free_at, 0)
+        return reusable if reusable > DOUBT_BYTES else 0
+
+    def _read_free(self, anonymous: int) -> None:
+        with self._heap.spend():
+            try:
+                heap = native.heap_bytes()
+                pages = _heap_pages() if self._on_glibc else None
+                self._free_bytes = max(pages[0] - heap.in_use, 0) if pages else heap.free
+            except OSError:
+                self._free_bytes = max(anonymous - self._trimmed_at, 0)  # not known here: it may be all
+        self._free_at, self._free_read = anonymous, time.monotonic()
 
     def _private_now(self, anonymous: int) -> int:
-        touched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self._faults
-        if touched * _PAGE_BYTES > DOUBT_BYTES and self._private.allowed():
-            self._read_private(anonymous)
+        touched = (_faults() - self._faults) * _PAGE_BYTES
+        if (self._private_estimated or touched > DOUBT_BYTES) and self._private.allowed():
+            # No descriptor left, for instance: then the next time.
+            with self._private.spend(), suppress(OSError):
+                self._private_bytes = memory.private_bytes()
+                self._private_at, self._faults = anonymous, _faults()
+                self._private_estimated = False
         return max(self._private_bytes + anonymous - self._private_at, 0)
-
-    def _read_private(self, anonymous: int) -> None:
-        with self._private.spend(), suppress(OSError):  # such as no descriptor left: until the next time
-            self._private_bytes = memory.private_bytes()
-            self._private_at = anonymous
-            self._faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     # -- trim
 
     @property
     def patience(self) -> float | None:
         """Seconds to wait for work before a trim; None if none is worth it."""
-        if self._trim_idle is None or self._anonymous_after - self._base < self._trim_bytes:
+        if self._trim_idle is None or self._anonymous_after - self._trimmed_at < self._trim_bytes:
             return None
         return self._delay
 
@@ -287,11 +293,16 @@ class Meter:
             self._delay = min(2 * self._delay, max(60.0, self._delay))
         else:
             self._delay = self._trim_idle or 0.0
-        self._set_base(anonymous)
+        self._trimmed_at = anonymous
+        self._read_free(anonymous)
         return won, self._pack(resident, anonymous, resident, 0, exact=False)
 
 
-def _heap_bytes() -> tuple[int, int] | None:
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _heap_pages() -> tuple[int, int] | None:
     """Resident and referenced bytes of the heap proper; None where the kernel does not say.
 
     ``/proc/self/smaps``, up to the end of the heap, which comes before the libraries: the kernel walks

@@ -101,8 +101,8 @@ def test_a_task_that_reuses_nothing_is_let_off():
     """Heap is not looked at again and again for a task that leaves it alone; for another one it is."""
     run("""
         looks = []
-        real = module._heap_bytes
-        module._heap_bytes = lambda: looks.append(1) or real()
+        real = module._heap_pages
+        module._heap_pages = lambda: looks.append(1) or real()
         meter = child_meter()
         kept = measure(meter, small, 100, 100)[1]
         for _ in range(500):

@@ -1,0 +1,81 @@
+"""A worker in a real memory cgroup: it knows its limit, follows it, and counts what the kernel counts."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from billiard.exceptions import WorkerLostError
+from harness.cgroup import Cgroup, Unavailable
+
+pytestmark = pytest.mark.ours_only("other pools do not look at the limit")
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def cgroup(nothing_left):
+    try:
+        group = Cgroup()
+    except Unavailable as exc:
+        pytest.skip(f"no memory cgroup can be made here: {exc}")
+    with group:
+        group.limit(600 * MIB)
+        yield group
+
+
+@pytest.fixture
+def worker(cgroup, start_worker, start_method):
+    """A worker that was started in the cgroup, as in a container."""
+
+    def enter(worker):
+        entrance = cgroup.folder / "cgroup.procs"
+        worker.command = ["sh", "-c", f'echo $$ > "{entrance}" && exec "$@"', "sh", *worker.command]
+
+    return start_worker(start_method=start_method, prepare=enter)
+
+
+def memory(worker):
+    return worker.stats()["pool"]["memsafe"]["memory"]
+
+
+def test_a_limit_that_is_changed_is_followed(worker, cgroup):
+    """Lowered and raised while the worker runs, with a task under way: known a moment later, said once."""
+    assert memory(worker)["limit"] == 600 * MIB
+    assert memory(worker)["limit_source"].startswith(str(cgroup.folder))
+    gate = worker.gate()
+    running = worker.call("proj.hold", gate.path)
+    gate.wait_started()
+    for mib in (400, 500):
+        cgroup.limit(mib * MIB)
+        worker.wait_for_log(f"The memory limit is now {mib} MiB", timeout=5)
+        assert memory(worker)["limit"] == mib * MIB
+    assert worker.log().count("The memory limit is now") == 2
+    gate.open()
+    worker.get(running)
+
+
+def test_use_is_what_the_kernel_charges(worker, cgroup):
+    """What a task keeps is used; it is also what the pool counts as its children's."""
+    worker.run("proj.pid")
+    before = memory(worker)
+    worker.run("proj.keep", 100)
+    worker.until(lambda: memory(worker)["used"] - before["used"] > 95 * MIB, "the growth to be seen")
+    after = memory(worker)
+    assert after["used"] - before["used"] < 140 * MIB  # also files that were read, page tables
+    assert 95 * MIB < after["children"] - before["children"] < 115 * MIB
+    assert after["headroom"] == after["limit"] - after["used"]
+    assert after["used"] <= cgroup.usage()
+
+
+def test_the_kernel_takes_the_child(worker, cgroup):
+    """A task that exceeds the limit costs its child, not the worker; the kernel's kill is counted."""
+    before = memory(worker)["oom_kills"]
+    with pytest.raises(WorkerLostError, match=str(signal.SIGKILL.value)):
+        worker.run("proj.keep", 2000)
+    worker.until(lambda: memory(worker)["oom_kills"] == before + 1, "the kill to be counted")
+    assert worker.run("proj.add", 1, 2) == 3
+    os.kill(worker.run("proj.pid"), signal.SIGKILL)  # no kill of the kernel's own
+    assert worker.run("proj.add", 1, 2) == 3
+    assert memory(worker)["oom_kills"] == before + 1
