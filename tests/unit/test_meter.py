@@ -14,6 +14,7 @@ from memsafe_pool import meter as module, native, wire
 from memsafe_pool.meter import Meter
 
 MIB = 1 << 20
+module.TOUCHED_BYTES = MIB // 8  # there is no Celery here, which touches more
 
 def small(mib, keep=0):
     # Blocks of the C heap, too large for the arenas of Python: 752 bytes each, and 8 for the pointer.
@@ -177,7 +178,7 @@ def test_trim():
         after = wire.Report.unpack(packed)
         if sys.platform == "linux":
             assert won > 80 * MIB and after.resident < report.resident - 80 * MIB, (won, after)
-        assert meter.patience is None and after.trimmable < 8 * MIB
+        assert meter.patience is None and after.trimmable < 15 * MIB, after
         measure(meter, int)
         assert meter.patience is None
         close(measure(meter, small, 50)[0], 50)
