@@ -5,7 +5,7 @@ Children measure nothing and send a report that is ready made; the worker does n
 
 from __future__ import annotations
 
-from memsafe_pool import child, ledger, wire
+from memsafe_pool import child, ledger, peaks, wire
 
 REPORT = wire.REPORT.pack(*wire.Report())
 
@@ -22,7 +22,7 @@ class NoMeter:
     def begin(self) -> None:
         pass
 
-    def end(self) -> bytes:
+    def end(self, size: int = 0) -> bytes:
         return REPORT
 
     report = end
@@ -32,3 +32,4 @@ def install() -> None:
     """Replace the meter in this process and those forked from it."""
     child.Meter = NoMeter  # type: ignore[assignment,misc]
     ledger.Ledger.ended = lambda *_: None  # type: ignore[method-assign]
+    peaks.Peaks.is_little = lambda *_: False  # type: ignore[method-assign]

@@ -81,6 +81,9 @@ int64_t ms_peak_resident_bytes(void);
 /* The peak is the present resident memory from now on. 0.8 us. -EACCES if this process is not dumpable (setuid). */
 int ms_reset_peak(void);
 
+/* All in one call, for what is asked at the end of each task: resident and anonymous bytes, peak, minor page faults. */
+int ms_measure(int64_t numbers[4]);
+
 /*
  * Adds to this process's oom_score_adj, up to 1000, so that the kernel's out-of-memory killer prefers it; returns by
  * how much it was raised, 0 if it was 1000 already. Needs no privileges. Children made later inherit it: add once.

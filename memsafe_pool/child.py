@@ -220,11 +220,11 @@ def _run_tasks(sock: socket.socket, signals: _Signals, meter: Meter) -> None:
         if not inbox.wait():
             return
         meter.begin()
-        job, payload = inbox.take()
+        job, needs_little, payload = inbox.take()
         function, args, kwargs = loads(payload)
         del payload  # a large call must not stay in memory twice while it runs
         if meter.doubtful:
-            meter.watch(upstream.task_name(function, args))
+            meter.watch(little=needs_little)
         send(head(wire.ACK, 0, job, monotonic()))
         signals.in_task = True
         try:
@@ -269,16 +269,19 @@ class _Inbox:
             self._data += data
         return self._data[0] != wire.STOP
 
-    def take(self) -> tuple[int, memoryview]:
-        """Return the number and the payload of the task that has arrived; wait for the rest of it."""
+    def take(self) -> tuple[int, bool, memoryview]:
+        """Return a task that has arrived: its number, whether it needs little, and the payload.
+
+        Wait for the rest of it.
+        """
         data = self._data
-        _, length, job, _ = wire.HEAD.unpack_from(data)
+        _, length, job, number = wire.HEAD.unpack_from(data)
         end = wire.HEAD.size + length
         payload: memoryview = memoryview(data)[wire.HEAD.size : end]
         self._data = data[end:]
         if len(data) < end:
             payload = self._take_rest(payload, length)
-        return job, payload
+        return job, bool(number), payload
 
     def _take_rest(self, begun: memoryview, length: int) -> memoryview:
         whole = memoryview(bytearray(length))
@@ -314,7 +317,7 @@ def _send_outcome(send: Any, job: int, outcome: tuple[bool, Any], meter: Meter) 
     except Exception as exc:  # noqa: BLE001 - pickling runs foreign code
         error = upstream.failed(upstream.MaybeEncodingError(exc, outcome[1]))
         body = pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
-    report = meter.end()
+    report = meter.end(len(body))
     message = wire.head(wire.DONE, len(report) + len(body), job, 0.0) + report
     if len(body) < _READ_BYTES:
         send(message + body)

@@ -265,7 +265,7 @@ class Engine:
             self._accept(job, os.getpid(), time.monotonic())
             self._finish(job, False, upstream.failed(upstream.MaybeEncodingError(exc, job.args)))
             return None
-        return wire.head(wire.TASK, len(body), job.id, 0.0) + body
+        return wire.head(wire.TASK, len(body), job.id, self.ledger.peaks.is_little(job.name)) + body
 
     def _accept(self, job: Job, pid: int, at: float) -> None:
         job.accept(pid, at)

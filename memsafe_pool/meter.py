@@ -7,8 +7,9 @@ Runs in the child. For each task there is a report (``wire.Report``); how it is 
 * **Reuse.** A task that fits into heap which an earlier one has left free does not raise the
   peak. Where that can be, the kernel is asked which pages of the heap were touched: their
   referenced bits are cleared before the task and counted after it. This costs some
-  milliseconds for a large heap, so it is not done again soon for a task that needs little, and has
-  an allowance. Where it was not done, or can not be, the report says that the peak is a lower bound.
+  milliseconds for a large heap, so it is seldom done for tasks that are known to
+  need little, and has an allowance. Where it was not done, or can not be, the report says that the peak
+  is a lower bound.
 * **Private memory.** ``smaps_rollup`` is exact and takes a millisecond or more. It is read
   again when pages were touched for the first time since, for at most a small share of the
   time; in between, what the process has grown is added. Before the first time it is
@@ -37,13 +38,23 @@ _MIB = 1 << 20
 #: Heap of this size may be reused unnoticed: the error of a peak that is called exact.
 DOUBT_BYTES = _MIB // 2
 
+#: A peak counter that is not further above what is resident need not be reset.
+LOW_BYTES = _MIB // 4
+
 #: Referenced pages of the heap that are Celery's own doing, and not a task's; less where less was seen.
 TOUCHED_BYTES = _MIB
 
-#: At most this share of the time goes into what is exact and dear. For looking at reused heap so many
-#: seconds can be saved up, and are there at the start: what tasks need is to be known early.
+#: At most this share of the process's own CPU time goes into what is exact and dear: the same share of the
+#: time of day would be much for a child that has little to do. For looking at reused heap so many seconds
+#: can be saved up, and are there at the start: what tasks need is to be known early.
 SHARE = 0.005
 ALLOWANCE_SECONDS = 2.0
+
+#: The share of the time of day that may be used beside it: tasks that mostly wait use no CPU time.
+IDLE_SHARE = 0.0002
+
+#: Seconds between looks at how much CPU time there was: each is a system call.
+EARN_SECONDS = 0.05
 
 #: Seconds until the first exact numbers: starting a child is to be fast, and some live no longer.
 START_SECONDS = 0.5
@@ -51,8 +62,11 @@ START_SECONDS = 0.5
 #: Seconds after which the statistics of the heap are read again although the process has not grown.
 HEAP_STALE_SECONDS = 1.0
 
-#: A task that was found to need little so often in a row is let off once, then twice, four times and so on.
-LOOKS, MOST_LET_OFF = 4, 1024
+#: Of tasks that are known to need little, one in so many is looked at all the same.
+LITTLE_LOOKS = 1024
+
+#: Messages and results up to this size do not change what a process has by much.
+SMALL_BYTES = 64 << 10
 
 #: A trim threshold that is never reached; the largest number that the allocator takes.
 _NEVER = 2**31 - 1
@@ -64,28 +78,39 @@ _PAGE_BYTES = resource.getpagesize()
 
 
 class _Expense:
-    """Keeps something dear to ``SHARE`` of the time.
+    """Keeps something dear to a share of the time.
 
     Arguments:
-        allowance: Seconds of that which can be saved up, and are there at the start.
+        allowance: Seconds that can be saved up, and are there at the start.
         delay: Seconds until it is allowed for the first time.
     """
 
     def __init__(self, allowance: float = 0.0, delay: float = 0.0) -> None:
-        self._saved = allowance / SHARE
-        self._not_before = time.monotonic() + delay if delay else float("-inf")
+        self._allowance = self._left = allowance
+        self._cpu, self._now = time.process_time(), time.monotonic()
+        self._not_before = self._now + delay
 
     def allowed(self) -> bool:
-        return time.monotonic() >= self._not_before
+        if self._left < 0:
+            if time.monotonic() - self._now < EARN_SECONDS:
+                return False
+            self._earn()
+        return self._left >= 0 and time.monotonic() >= self._not_before
+
+    def _earn(self) -> None:
+        cpu, now = time.process_time(), time.monotonic()
+        earned = SHARE * (cpu - self._cpu) + IDLE_SHARE * (now - self._now)
+        self._left = min(self._left + earned, self._allowance)
+        self._cpu, self._now = cpu, now
 
     @contextmanager
     def spend(self) -> Iterator[None]:
-        began = time.monotonic()
+        self._earn()
+        began = self._cpu
         try:
             yield
         finally:
-            now = time.monotonic()
-            self._not_before = max(self._not_before, now - self._saved) + (now - began) / SHARE
+            self._left -= time.process_time() - began
 
 
 class Meter:
@@ -105,52 +130,57 @@ class Meter:
         self._heap, self._private = _Expense(delay=START_SECONDS), _Expense(delay=START_SECONDS)
         self._on_glibc = native.allocator() == "glibc"
         self._touched_bytes = TOUCHED_BYTES
-        self._let_off: dict[str, tuple[int, int]] = {}  # looks in vain, times to let off
-        self._name = ""
+        self._littles = 0
         self._heap_before: int | None = None  # in a task that is watched
         self._shared_memory_bytes = 0
-        self._resident, self._anonymous = native.own_memory()
-        self._anonymous_after = self._trimmed_at = self._anonymous
+        # At the end of the last task, and whether it has still been so at the start of this one.
+        self._after = native.measure()
+        self._same = False
+        self._resident, self._anonymous = self._after.resident, self._after.anonymous
+        self._trimmed_at = self._anonymous
         self._high_before: int | None = None
-        self._reusable_before = 0
+        self._reusable_before = self._reusable_after = 0
         self._free_bytes, self._free_at, self._free_read = 0, self._anonymous, time.monotonic()
         # Each page that is not shared, or not any more, has been faulted in; some of files have, too.
-        self._faults = _faults()
-        self._private_bytes = min(self._faults * _PAGE_BYTES, self._anonymous)
-        self._private_at = self._anonymous
+        self._private_bytes = min(self._after.faults * _PAGE_BYTES, self._anonymous)
+        self._private_at, self._private_faults = self._anonymous, self._after.faults
         self._private_estimated = True
 
     # -- one task
 
     def begin(self) -> None:
         """Start to measure a task."""
-        self._resident, self._anonymous = self._memory()
-        self._reusable_before = self._reusable(self._anonymous)
+        if not self._same:
+            self._after = self._measure()
+            self._reusable_after = self._reusable(self._after.anonymous)
+        self._resident, self._anonymous = self._after.resident, self._after.anonymous
+        self._reusable_before = self._reusable_after
         self._heap_before = None
-        try:
-            native.reset_peak()
-            self._high_before = None
-        except OSError:
-            self._high_before = self._high(self._resident)
+        self._high_before = None
+        if self._after.peak - self._resident > LOW_BYTES:  # else it is where a reset would put it
+            try:
+                native.reset_peak()
+            except OSError:
+                self._high_before = self._after.peak
 
     @property
     def doubtful(self) -> bool:
         """Whether the task that begins may find so much free heap that its peak is not seen."""
         return self._reusable_before > DOUBT_BYTES
 
-    def watch(self, name: str) -> None:
+    def watch(self, *, little: bool) -> None:
         """Find out how much free heap the task that begins now will use, if that may be done.
 
         Arguments:
-            name: The task's name.
+            little: Whether tasks of this name are known to need little.
         """
-        self._name = name
-        looks, left = self._let_off.get(name, (0, 0))
         if not self._on_glibc:
-            pass  # other allocators have their memory elsewhere than in the heap proper
-        elif left:
-            self._let_off[name] = looks, left - 1
-        elif self._looking.allowed():
+            return  # other allocators have their memory elsewhere than in the heap proper
+        if little:
+            self._littles += 1
+            if self._littles % LITTLE_LOOKS:
+                return
+        if self._looking.allowed():
             with self._looking.spend():
                 heap = _heap_pages()
                 if heap is not None and _forget_references():
@@ -159,66 +189,46 @@ class Meter:
                         # What the task frees at the end of the heap has to stay until it was counted.
                         native.set_allocator_thresholds(trim_bytes=_NEVER)
 
-    def end(self) -> bytes:
-        """Return the report on the task that began last, packed."""
-        high = self._high(self._resident)
-        reused, certain = (
-            (0, not self.doubtful) if self._heap_before is None else self._reused(self._heap_before)
-        )
-        resident, anonymous = self._memory()
-        if self._high_before is None or high > self._high_before:
-            peak = high - self._resident - self._grown_files(resident, anonymous)
+    def end(self, size: int = 0) -> bytes:
+        """Return the report on the task that began last, packed.
+
+        Arguments:
+            size: Bytes of the result, which are still there and will not be.
+        """
+        reused, certain = 0, self._reusable_before <= DOUBT_BYTES
+        if self._heap_before is not None:
+            reused, certain = self._reused(self._heap_before)
+        after = self._measure()
+        if self._high_before is None or after.peak > self._high_before:
+            peak = after.peak - self._resident - self._grown_files(after)
         else:
             peak, certain = 0, False  # below an older peak, which can not be reset here
-        peak = max(peak, anonymous - self._anonymous, 0) + reused
-        if self.doubtful:
-            self._learn(little=peak <= DOUBT_BYTES)
-        return self._pack(resident, anonymous, high, peak, certain)
-
-    def _learn(self, *, little: bool) -> None:
-        """Look less often at a task that needs little, and always at one that does not."""
-        if not little:
-            self._let_off.pop(self._name, None)
-        elif self._heap_before is not None:
-            looks = self._let_off.get(self._name, (0, 0))[0] + 1
-            self._let_off[self._name] = (
-                looks,
-                min(2 ** (looks - LOOKS) if looks >= LOOKS else 0, MOST_LET_OFF),
-            )
+        peak = max(peak, after.anonymous - self._anonymous, 0) + reused
+        self._same = size <= SMALL_BYTES
+        return self._pack(after, after.peak, peak, certain)
 
     def report(self) -> bytes:
         """Return a report without a task, packed."""
-        resident, anonymous = self._memory()
-        return self._pack(resident, anonymous, resident, 0, exact=False)
+        after = self._measure()
+        return self._pack(after, after.resident, 0, exact=False)
 
-    def _memory(self) -> tuple[int, int]:
-        """Resident and anonymous bytes; as they were, where they can not be read."""
+    def _measure(self) -> native.Measures:
+        """What the process has; what it had, where that can not be read: a task may take all descriptors."""
         try:
-            return native.own_memory()
+            return native.measure()
         except OSError:
-            return self._resident, self._anonymous_after
+            return self._after
 
-    def _high(self, resident: int) -> int:
-        try:
-            return native.peak()
-        except OSError:
-            return resident
-
-    def _pack(self, resident: int, anonymous: int, high: int, peak: int, exact: bool) -> bytes:
-        self._anonymous_after = anonymous
+    def _pack(self, after: native.Measures, high: int, peak: int, exact: bool) -> bytes:
+        self._after = after
+        self._reusable_after = reusable = self._reusable(after.anonymous)
         return wire.REPORT.pack(
-            resident,
-            anonymous,
-            self._private_now(anonymous),
-            high,
-            peak,
-            self._reusable(anonymous),
-            exact,
+            after.resident, after.anonymous, self._private_now(after), high, peak, reusable, exact
         )
 
-    def _grown_files(self, resident: int, anonymous: int) -> int:
+    def _grown_files(self, after: native.Measures) -> int:
         """What was mapped of files since the task began: memory, but not the task's own."""
-        grown = (resident - anonymous) - (self._resident - self._anonymous)
+        grown = (after.resident - after.anonymous) - (self._resident - self._anonymous)
         if grown <= DOUBT_BYTES:
             return grown
         shared_memory = memory.shared_memory_bytes()
@@ -263,22 +273,22 @@ class Meter:
                 self._free_bytes = max(anonymous - self._trimmed_at, 0)  # not known here: it may be all
         self._free_at, self._free_read = anonymous, time.monotonic()
 
-    def _private_now(self, anonymous: int) -> int:
-        touched = (_faults() - self._faults) * _PAGE_BYTES
+    def _private_now(self, after: native.Measures) -> int:
+        touched = (after.faults - self._private_faults) * _PAGE_BYTES
         if (self._private_estimated or touched > DOUBT_BYTES) and self._private.allowed():
             # No descriptor left, for instance: then the next time.
             with self._private.spend(), suppress(OSError):
                 self._private_bytes = memory.private_bytes()
-                self._private_at, self._faults = anonymous, _faults()
+                self._private_at, self._private_faults = after.anonymous, after.faults
                 self._private_estimated = False
-        return max(self._private_bytes + anonymous - self._private_at, 0)
+        return max(self._private_bytes + after.anonymous - self._private_at, 0)
 
     # -- trim
 
     @property
     def patience(self) -> float | None:
         """Seconds to wait for work before a trim; None if none is worth it."""
-        if self._trim_idle is None or self._anonymous_after - self._trimmed_at < self._trim_bytes:
+        if self._trim_idle is None or self._after.anonymous - self._trimmed_at < self._trim_bytes:
             return None
         return self._delay
 
@@ -288,18 +298,15 @@ class Meter:
             won = memory.trim()
         except OSError:
             won = 0  # it can not be seen what was won
-        resident, anonymous = self._memory()
+        after = self._measure()
         if won < self._trim_bytes // 2:
             self._delay = min(2 * self._delay, max(60.0, self._delay))
         else:
             self._delay = self._trim_idle or 0.0
-        self._trimmed_at = anonymous
-        self._read_free(anonymous)
-        return won, self._pack(resident, anonymous, resident, 0, exact=False)
-
-
-def _faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        self._trimmed_at = after.anonymous
+        self._same = True
+        self._read_free(after.anonymous)
+        return won, self._pack(after, after.resident, 0, exact=False)
 
 
 def _heap_pages() -> tuple[int, int] | None:

@@ -31,6 +31,7 @@ __all__ = [
     "allocator",
     "get_child_subreaper",
     "heap_bytes",
+    "measure",
     "missing",
     "own_memory",
     "peak",
@@ -58,6 +59,15 @@ class OwnMemory(NamedTuple):
     anonymous: int
 
 
+class Measures(NamedTuple):
+    """Memory of this process in bytes, and page faults; see :func:`measure`."""
+
+    resident: int
+    anonymous: int
+    peak: int
+    faults: int
+
+
 class _Library(Protocol):
     """What ``csrc/memsafe_native.h`` declares: each returns 0 or a positive value, or -errno.
 
@@ -70,6 +80,7 @@ class _Library(Protocol):
     def ms_set_allocator_thresholds(self, mmap_bytes: int, trim_bytes: int, arenas: int, /) -> int: ...
     def ms_own_memory_bytes(self, resident_bytes: Any, anonymous_bytes: Any, /) -> int: ...
     def ms_peak_resident_bytes(self) -> int: ...
+    def ms_measure(self, numbers: Any, /) -> int: ...
     def ms_reset_peak(self) -> int: ...
     def ms_raise_oom_score_adj(self, by: int, /) -> int: ...
     def ms_set_parent_death_signal(self, signum: int, /) -> int: ...
@@ -108,6 +119,7 @@ class _CtypesLibrary:
         """`c_library` has the C functions as attributes; by default it is opened at the first call."""
         self._c_library = c_library
         self._allocator: int | None = None
+        self._mallinfo2: Any = None
 
     def ms_allocator(self) -> int:
         if self._allocator is None:
@@ -130,11 +142,10 @@ class _CtypesLibrary:
         allocator = _ALLOCATORS[self.ms_allocator()]
         free_bytes[0] = mmapped_bytes[0] = in_use_bytes[0] = 0
         if allocator == "glibc" and (mallinfo2 := self._function("mallinfo2")) is not None:
-
-            class Mallinfo2(ctypes.Structure):
-                _fields_ = [(name, ctypes.c_size_t) for name in self.MALLINFO2]
-
-            mallinfo2.argtypes, mallinfo2.restype = [], Mallinfo2
+            if self._mallinfo2 is None:
+                fields = [(name, ctypes.c_size_t) for name in self.MALLINFO2]
+                self._mallinfo2 = type("Mallinfo2", (ctypes.Structure,), {"_fields_": fields})
+            mallinfo2.argtypes, mallinfo2.restype = [], self._mallinfo2
             heap = mallinfo2()
             anonymous_bytes = self._anonymous_memory()
             not_in_use = heap.fordblks if anonymous_bytes < 0 else max(0, anonymous_bytes - heap.uordblks)
@@ -181,6 +192,18 @@ class _CtypesLibrary:
             return -_proc_errno(error)
         _, found, rest = status.partition(b"\nVmHWM:")
         return int(rest.split(None, 1)[0]) * 1024 if found else -errno.ENODATA
+
+    def ms_measure(self, numbers: Any, /) -> int:
+        import resource
+
+        resident_bytes, anonymous_bytes = [0], [0]
+        if (result := self.ms_own_memory_bytes(resident_bytes, anonymous_bytes)) < 0:
+            return result
+        if (peak_bytes := self.ms_peak_resident_bytes()) < 0:
+            return peak_bytes
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        numbers[:] = [resident_bytes[0], anonymous_bytes[0], peak_bytes, faults]
+        return 0
 
     def ms_reset_peak(self) -> int:
         try:
@@ -339,6 +362,7 @@ EXTENSION_ERROR: str | None = None
 
 _library: _Library
 _new_cell: Callable[[], Any]
+_new_numbers: Callable[[], Any]
 try:
     from memsafe_pool._native import ffi as _ffi
     from memsafe_pool._native import lib as _library
@@ -348,11 +372,17 @@ except ImportError as error:
 
     def _new_cell() -> Any:
         return [0]
+
+    def _new_numbers() -> Any:
+        return [0] * 4
 else:
-    _CELL = _ffi.typeof("int64_t *")
+    _CELL, _NUMBERS = _ffi.typeof("int64_t *"), _ffi.typeof("int64_t[4]")
 
     def _new_cell() -> Any:
         return _ffi.new(_CELL)
+
+    def _new_numbers() -> Any:
+        return _ffi.new(_NUMBERS)
 
 
 #: True when the calls go through the C extension, False when they go through ctypes.
@@ -473,6 +503,24 @@ def own_memory() -> OwnMemory:
     resident_bytes, anonymous_bytes = _new_cell(), _new_cell()
     _checked(_library.ms_own_memory_bytes, resident_bytes, anonymous_bytes)
     return OwnMemory(int(resident_bytes[0]), int(anonymous_bytes[0]))
+
+
+def measure() -> Measures:
+    """Read what :func:`own_memory` and :func:`peak` do, and the number of minor page faults, all at once.
+
+    3 us; on macOS by the other two.
+
+    Raises OSError when one of them cannot be read.
+    """
+    if sys.platform != "linux":
+        import resource
+
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        return Measures(*own_memory(), peak(), faults)
+    numbers = _new_numbers()
+    if (result := _library.ms_measure(numbers)) < 0:
+        raise OSError(-result, os.strerror(-result))
+    return Measures(*numbers)
 
 
 def peak() -> int:

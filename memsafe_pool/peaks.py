@@ -22,6 +22,10 @@ KEPT_PEAKS = 200
 KEPT_NAMES = 1000
 
 
+#: A task needs little when each of so many exact peaks in a row was not above this many bytes.
+LITTLE_RUNS, LITTLE_BYTES = 4, 1 << 20
+
+
 class Summary(TypedDict):
     """The peaks of one task: number of runs, of exact peaks among them, and bytes."""
 
@@ -34,10 +38,10 @@ class Summary(TypedDict):
 
 
 class _Record:
-    __slots__ = ("bounds", "count", "exact", "last", "most", "peaks")
+    __slots__ = ("bounds", "count", "exact", "last", "little", "most", "peaks")
 
     def __init__(self) -> None:
-        self.count = self.exact = self.last = self.most = 0
+        self.count = self.exact = self.last = self.little = self.most = 0
         self.peaks: deque[int] = deque(maxlen=KEPT_PEAKS)
         self.bounds: deque[int] = deque(maxlen=KEPT_PEAKS)
 
@@ -60,8 +64,15 @@ class Peaks:
         record.count += 1
         record.exact += exact
         record.last = peak
+        # A lower bound that is low says nothing.
+        record.little = 0 if peak > LITTLE_BYTES else record.little + exact
         record.most = max(record.most, peak)
         (record.peaks if exact else record.bounds).append(peak)
+
+    def is_little(self, name: str) -> bool:
+        """Whether tasks of this name are known to need little: so many in a row did."""
+        record = self._records.get(name)
+        return record is not None and record.little >= LITTLE_RUNS
 
     def summaries(self) -> dict[str, Summary]:
         """Return each task's peaks in numbers. Percentiles are by the nearest-rank method."""

@@ -8,7 +8,8 @@ costs no pickling on either side.
 ========  ==========  =======================================================
 kind      sender      meaning
 ========  ==========  =======================================================
-TASK      worker      run this: payload ``(function, args, kwargs)``
+TASK      worker      run this: payload ``(function, args, kwargs)``; number: 1 when
+                      tasks of this name are known to need little memory
 STOP      worker      leave; nothing follows
 UP        child       ready for work; job: its pid; payload: report
 ACK       child       the job begins; number: monotonic seconds

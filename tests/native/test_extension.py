@@ -84,10 +84,11 @@ static void show(long long status)
 
 int main(void)
 {
-    int64_t first_bytes, second_bytes, third_bytes;
+    int64_t first_bytes, second_bytes, third_bytes, numbers[4];
 
     show(ms_own_memory_bytes(&first_bytes, &second_bytes));
     show(ms_peak_resident_bytes());
+    show(ms_measure(numbers));
     show(ms_reset_peak());
     show(ms_raise_oom_score_adj(0));
     show(ms_set_parent_death_signal(0));
@@ -142,7 +143,7 @@ def test_the_c_code_compiles_without_a_warning(tmp_path):
     built = _compile(tmp_path)
     assert built.returncode == 0, built.stderr
     output = _output(tmp_path)
-    assert output[:8] + output[11:] == ["0"] * 11
+    assert output[:9] + output[12:] == ["0"] * 12
 
 
 @needs_compiler
@@ -155,7 +156,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
         pytest.skip("the compiler comes without sanitizers")
     assert built.returncode == 0, built.stderr
     output = _output(tmp_path)
-    assert output[:8] + output[11:] == ["0"] * 11
+    assert output[:9] + output[12:] == ["0"] * 12
 
 
 @needs_compiler
@@ -164,7 +165,7 @@ def test_elsewhere_the_c_code_says_so(tmp_path):
     built = _compile(tmp_path, "-U__linux__", "-U__APPLE__")
     assert built.returncode == 0, built.stderr
     enosys = str(-errno.ENOSYS)
-    # The seventh is a 1 that is missing, the eighth the number of an unknown allocator.
+    # The eighth is a 1 that is missing, the ninth the number of an unknown allocator.
     output = _output(tmp_path)
-    assert output[:6] + output[8:] == [enosys] * (len(output) - 2)
-    assert output[6:8] == [str(-errno.ENOSYS - 1), "0"]
+    assert output[:7] + output[9:] == [enosys] * (len(output) - 2)
+    assert output[7:9] == [str(-errno.ENOSYS - 1), "0"]

@@ -30,10 +30,10 @@ def child_meter(trim_idle=None):
 def large(mib):
     bytearray(mib * MIB)
 
-def measure(meter, task, *args, name="task"):
+def measure(meter, task, *args, little=False):
     meter.begin()
     if meter.doubtful:
-        meter.watch(name)
+        meter.watch(little=little)
     result = task(*args)
     return wire.Report.unpack(meter.end()), result
 
@@ -90,7 +90,7 @@ def test_what_may_be_hidden_and_was_not_looked_at_is_a_lower_bound():
     run("""
         module.ALLOWANCE_SECONDS = 0.0
         meter = Meter(8 * MIB, None)
-        meter._looking._not_before = float("inf")
+        meter._looking._left = -1000.0
         kept = measure(meter, small, 200, 100)[1]
         report, _ = measure(meter, small, 100)
         assert not report.exact and report.peak < 100 * MIB, report
@@ -98,20 +98,36 @@ def test_what_may_be_hidden_and_was_not_looked_at_is_a_lower_bound():
 
 
 @linux_only
-def test_a_task_that_reuses_nothing_is_let_off():
-    """Heap is not looked at again and again for a task that leaves it alone; for another one it is."""
+def test_what_is_known_to_need_little_is_let_off():
+    """Heap is looked at once in 1024 such tasks, their peak is a lower bound; for others it is each time."""
     run("""
         looks = []
         real = module._heap_pages
         module._heap_pages = lambda: looks.append(1) or real()
+        module.START_SECONDS = 100  # so that nothing else looks at it
         meter = child_meter()
         kept = measure(meter, small, 100, 100)[1]
-        for _ in range(500):
-            measure(meter, int, name="idle")
-        assert len(looks) < 30, len(looks)
-        before = len(looks)
-        close(measure(meter, small, 50, name="other")[0], 50)
-        assert len(looks) == before + 2
+        exact = [measure(meter, int, little=True)[0].exact for _ in range(2048)]
+        assert len(looks) == 4 and sum(exact) == 2, (looks, sum(exact))
+        close(measure(meter, small, 50)[0], 50)
+        assert len(looks) == 6
+    """)
+
+
+@linux_only
+def test_looks_are_kept_to_a_share_of_the_time():
+    """Tasks that follow each other fast do not pay for each look, once the allowance is spent."""
+    run("""
+        module.ALLOWANCE_SECONDS = 0.02
+        looks = []
+        real = module._heap_pages
+        module._heap_pages = lambda: looks.append(1) or real()
+        meter = child_meter()
+        kept = measure(meter, small, 300, 100)[1]
+        began = time.process_time()
+        while time.process_time() - began < 1.0:
+            measure(meter, int)
+        assert 2 < len(looks) < 40, len(looks)
     """)
 
 
@@ -122,7 +138,7 @@ def test_reading_a_model_is_no_peak():
         model = bytearray(200 * MIB)
         meter = child_meter()
         kept = measure(meter, small, 60, 100)[1]
-        report, _ = measure(meter, sum, memoryview(model)[:: 4096], name="read")
+        report, _ = measure(meter, sum, memoryview(model)[:: 4096])
         assert report.peak <= MIB, report
     """)
 

@@ -48,6 +48,24 @@ def test_percentiles_follow_what_is_recent():
     assert (changed["median"], changed["p95"], changed["max"]) == (10, 10, 1000)
 
 
+def test_what_needs_little():
+    """Four exact peaks in a row that are small, and none since that is not; lower bounds say nothing."""
+    record = Peaks()
+
+    def needs_little_after(*entries):
+        for mib, exact in entries:
+            record.add("task", int(mib * 1024**2), exact=exact)
+        return record.is_little("task")
+
+    assert not record.is_little("task")
+    assert not needs_little_after((0, True), (1, True), (0.5, True), (0, False))
+    assert needs_little_after((0, True))
+    assert needs_little_after((0, False))
+    assert not needs_little_after((2, False))
+    assert not needs_little_after(*[(0, True)] * 3)
+    assert needs_little_after((0, True))
+
+
 def test_there_is_an_end_to_names(monkeypatch):
     """An app that makes up names does not fill the worker: the one unused for longest is forgotten."""
     monkeypatch.setattr(peaks, "KEPT_NAMES", 3)
