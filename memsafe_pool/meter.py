@@ -41,6 +41,9 @@ DOUBT_BYTES = _MIB // 2
 #: A peak counter that is not further above what is resident need not be reset.
 LOW_BYTES = _MIB // 4
 
+#: After so many tasks in a row that changed nothing all is looked at again.
+MOST_REPEATS = 64
+
 #: Referenced pages of the heap that are Celery's own doing, and not a task's; less where less was seen.
 TOUCHED_BYTES = _MIB
 
@@ -120,6 +123,10 @@ class Meter:
         trim_bytes: Growth in bytes since the last trim that makes another one worth it.
         trim_idle: Seconds without work before a trim, or None for never.
         heap_end_bytes: The allocator's trim threshold, where it was set by us; else None.
+
+    Attributes:
+        doubtful: Whether the task that runs may find so much free heap that its peak is not seen.
+        patience: Seconds to wait for work before a trim; None if none is worth it.
     """
 
     def __init__(self, trim_bytes: int, trim_idle: float | None, heap_end_bytes: int | None = None) -> None:
@@ -133,40 +140,34 @@ class Meter:
         self._littles = 0
         self._heap_before: int | None = None  # in a task that is watched
         self._shared_memory_bytes = 0
-        # At the end of the last task, and whether it has still been so at the start of this one.
-        self._after = native.measure()
+        self._trimmed_at = 0
+        self._free_bytes, self._free_at, self._free_read = 0, 0, time.monotonic()
+        self._reusable_before = 0
+        # What the process had at the end of the last task, and whether it still has that.
+        self._before = native.measure()
         self._same = False
-        self._resident, self._anonymous = self._after.resident, self._after.anonymous
-        self._trimmed_at = self._anonymous
-        self._high_before: int | None = None
-        self._reusable_before = self._reusable_after = 0
-        self._free_bytes, self._free_at, self._free_read = 0, self._anonymous, time.monotonic()
+        self._high_before: int | None = None  # the peak counter at the start, where it can not be reset
+        self._packed, self._repeats = b"", 0
+        self._trimmed_at = self._free_at = self._before.anonymous
         # Each page that is not shared, or not any more, has been faulted in; some of files have, too.
-        self._private_bytes = min(self._after.faults * _PAGE_BYTES, self._anonymous)
-        self._private_at, self._private_faults = self._anonymous, self._after.faults
+        self._private_bytes = min(self._before.faults * _PAGE_BYTES, self._before.anonymous)
+        self._private_at, self._private_faults = self._before.anonymous, self._before.faults
         self._private_estimated = True
+        self.doubtful = False
+        self.patience: float | None = None
 
     # -- one task
 
     def begin(self) -> None:
         """Start to measure a task."""
         if not self._same:
-            self._after = self._measure()
-            self._reusable_after = self._reusable(self._after.anonymous)
-        self._resident, self._anonymous = self._after.resident, self._after.anonymous
-        self._reusable_before = self._reusable_after
-        self._heap_before = None
-        self._high_before = None
-        if self._after.peak - self._resident > LOW_BYTES:  # else it is where a reset would put it
+            self._settle(self._measure())
+        if self._before.peak - self._before.resident > LOW_BYTES:  # else it is where a reset would put it
             try:
                 native.reset_peak()
+                self._high_before = None
             except OSError:
-                self._high_before = self._after.peak
-
-    @property
-    def doubtful(self) -> bool:
-        """Whether the task that begins may find so much free heap that its peak is not seen."""
-        return self._reusable_before > DOUBT_BYTES
+                self._high_before = self._before.peak
 
     def watch(self, *, little: bool) -> None:
         """Find out how much free heap the task that begins now will use, if that may be done.
@@ -195,40 +196,64 @@ class Meter:
         Arguments:
             size: Bytes of the result, which are still there and will not be.
         """
-        reused, certain = 0, self._reusable_before <= DOUBT_BYTES
+        before, after = self._before, self._measure()
+        # Nothing but faults has changed, as after nearly all tasks that need little: no need to think again.
+        if (
+            after[:3] == before[:3]
+            and self._packed
+            and self._heap_before is None
+            and self._repeats < MOST_REPEATS
+        ):
+            self._repeats += 1
+            self._same = size <= SMALL_BYTES
+            return self._packed
+        reused, certain = 0, not self.doubtful
         if self._heap_before is not None:
             reused, certain = self._reused(self._heap_before)
-        after = self._measure()
+            # The end of the heap has been given back meanwhile.
+            after = self._measure()._replace(peak=after.peak)
         if self._high_before is None or after.peak > self._high_before:
-            peak = after.peak - self._resident - self._grown_files(after)
+            peak = after.peak - before.resident - self._grown_files(before, after)
         else:
             peak, certain = 0, False  # below an older peak, which can not be reset here
-        peak = max(peak, after.anonymous - self._anonymous, 0) + reused
+        peak = max(peak, after.anonymous - before.anonymous, 0) + reused
+        self._settle(after)
         self._same = size <= SMALL_BYTES
-        return self._pack(after, after.peak, peak, certain)
+        self._repeats = 0
+        report = self._pack(after.peak, peak, exact=certain)
+        self._packed = report if peak <= LOW_BYTES else b""
+        return report
 
     def report(self) -> bytes:
         """Return a report without a task, packed."""
-        after = self._measure()
-        return self._pack(after, after.resident, 0, exact=False)
+        self._settle(self._measure())
+        return self._pack(self._before.resident, 0, exact=False)
 
     def _measure(self) -> native.Measures:
         """What the process has; what it had, where that can not be read: a task may take all descriptors."""
         try:
             return native.measure()
         except OSError:
-            return self._after
+            return self._before
 
-    def _pack(self, after: native.Measures, high: int, peak: int, exact: bool) -> bytes:
-        self._after = after
-        self._reusable_after = reusable = self._reusable(after.anonymous)
+    def _settle(self, now: native.Measures) -> None:
+        """Take this for what the process has before the next task."""
+        self._before = now
+        self._heap_before = None
+        self._reusable_before = self._reusable(now.anonymous)
+        self.doubtful = self._reusable_before > DOUBT_BYTES
+        worth_it = self._trim_idle is not None and now.anonymous - self._trimmed_at >= self._trim_bytes
+        self.patience = self._delay if worth_it else None
+
+    def _pack(self, high: int, peak: int, *, exact: bool) -> bytes:
+        now = self._before
         return wire.REPORT.pack(
-            after.resident, after.anonymous, self._private_now(after), high, peak, reusable, exact
+            now.resident, now.anonymous, self._private_now(now), high, peak, self._reusable_before, exact
         )
 
-    def _grown_files(self, after: native.Measures) -> int:
+    def _grown_files(self, before: native.Measures, after: native.Measures) -> int:
         """What was mapped of files since the task began: memory, but not the task's own."""
-        grown = (after.resident - after.anonymous) - (self._resident - self._anonymous)
+        grown = (after.resident - after.anonymous) - (before.resident - before.anonymous)
         if grown <= DOUBT_BYTES:
             return grown
         shared_memory = memory.shared_memory_bytes()
@@ -273,24 +298,17 @@ class Meter:
                 self._free_bytes = max(anonymous - self._trimmed_at, 0)  # not known here: it may be all
         self._free_at, self._free_read = anonymous, time.monotonic()
 
-    def _private_now(self, after: native.Measures) -> int:
-        touched = (after.faults - self._private_faults) * _PAGE_BYTES
+    def _private_now(self, now: native.Measures) -> int:
+        touched = (now.faults - self._private_faults) * _PAGE_BYTES
         if (self._private_estimated or touched > DOUBT_BYTES) and self._private.allowed():
             # No descriptor left, for instance: then the next time.
             with self._private.spend(), suppress(OSError):
                 self._private_bytes = memory.private_bytes()
-                self._private_at, self._private_faults = after.anonymous, after.faults
+                self._private_at, self._private_faults = now.anonymous, now.faults
                 self._private_estimated = False
-        return max(self._private_bytes + after.anonymous - self._private_at, 0)
+        return max(self._private_bytes + now.anonymous - self._private_at, 0)
 
     # -- trim
-
-    @property
-    def patience(self) -> float | None:
-        """Seconds to wait for work before a trim; None if none is worth it."""
-        if self._trim_idle is None or self._after.anonymous - self._trimmed_at < self._trim_bytes:
-            return None
-        return self._delay
 
     def trim(self) -> tuple[int, bytes]:
         """Collect garbage and give free heap back; return the bytes won, and a report, packed."""
@@ -298,15 +316,16 @@ class Meter:
             won = memory.trim()
         except OSError:
             won = 0  # it can not be seen what was won
-        after = self._measure()
         if won < self._trim_bytes // 2:
             self._delay = min(2 * self._delay, max(60.0, self._delay))
         else:
             self._delay = self._trim_idle or 0.0
-        self._trimmed_at = after.anonymous
-        self._same = True
-        self._read_free(after.anonymous)
-        return won, self._pack(after, after.resident, 0, exact=False)
+        now = self._measure()
+        self._trimmed_at = now.anonymous
+        self._read_free(now.anonymous)
+        self._settle(now)
+        self._same, self._packed = True, b""
+        return won, self._pack(now.resident, 0, exact=False)
 
 
 def _heap_pages() -> tuple[int, int] | None:
