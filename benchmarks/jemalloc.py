@@ -1,8 +1,8 @@
 """As `fragmentation`, with jemalloc in place of the C library's malloc, for worker and children.
 
 jemalloc has objects of 700 bytes in runs of 16, three pages each, and can give back a run only if all of it
-is free. Each object that is kept by itself holds one: 12 KB, so 37 MB for 3,000, where glibc holds a page for
-each. In the second row what is kept is what was made last, one next to the other; it has no bound.
+is free. In the first row what is kept is forgotten at the task's end. In the second it is kept until the next
+task, and each object holds a run: 12 KB, so 37 MB for 3,000, where glibc holds a page for each; no bound.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def rows(options: row.Options) -> Iterator[row.Row]:
         return
     preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), library]))
     with broker.redis_url() as url:
-        yield fragmentation.fragmented(url, options, name, bound=True, LD_PRELOAD=preload)
-        name = "the same, kept are the last 1 %"
-        yield fragmentation.fragmented(url, options, name, scattered=False, LD_PRELOAD=preload)
+        yield fragmentation.fragmented(url, options, name, most=0, bound=True, LD_PRELOAD=preload)
+        name = "the same, kept until the next task"
+        yield fragmentation.fragmented(url, options, name, LD_PRELOAD=preload)
 
 
 if __name__ == "__main__":

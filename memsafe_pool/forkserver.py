@@ -43,7 +43,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from celery.utils.imports import import_from_cwd
 
-from memsafe_pool import child, native, upstream
+from memsafe_pool import arenas, child, native, upstream
 
 __all__ = [
     "FAILED",
@@ -149,6 +149,7 @@ def serve(
     except BaseException:  # noqa: BLE001 - the worker logs it and decides
         send_failure(sock)
         os._exit(1)
+    arenas.read()  # imports what it needs, once for all children
     with contextlib.suppress(OSError):  # not with this C library
         # So that free heap which a child takes into use is new to it, and no page to copy.
         native.release_heap()

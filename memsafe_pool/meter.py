@@ -7,9 +7,10 @@ Runs in the child. For each task there is a report (``wire.Report``); how it is 
 * **Reuse.** A task that fits into heap which an earlier one has left free does not raise the
   peak. Where that can be, the kernel is asked which pages of the heap were touched: their
   referenced bits are cleared before the task and counted after it. This costs some
-  milliseconds for a large heap, so it is seldom done for tasks that are known to
-  need little, and has an allowance. Where it was not done, or can not be, the report says that the peak
-  is a lower bound.
+  milliseconds for a large heap, so it is seldom done for tasks that are known to need little, and
+  has an allowance. Unused room in Python's own arenas, for small objects, is added when the task
+  has needed another arena besides. Where what was reused is not known, the report says that the
+  peak is a lower bound.
 * **Private memory.** ``smaps_rollup`` is exact and takes a millisecond or more. It is read
   again when pages were touched for the first time since, for at most a small share of the
   time; in between, what the process has grown is added. Before the first time it is
@@ -26,7 +27,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from memsafe_pool import memory, native, wire
+from memsafe_pool import arenas, memory, native, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,9 @@ _MIB = 1 << 20
 
 #: Heap of this size may be reused unnoticed: the error of a peak that is called exact.
 DOUBT_BYTES = _MIB // 2
+
+#: Room of this size in Python's arenas may be reused unnoticed. A Celery worker has 1 MiB or so at its start.
+ARENA_DOUBT_BYTES = 2 * _MIB
 
 #: A peak counter that is not further above what is resident need not be reset.
 LOW_BYTES = _MIB // 4
@@ -153,6 +157,7 @@ class Meter:
         self._private_bytes = min(self._before.faults * _PAGE_BYTES, self._before.anonymous)
         self._private_at, self._private_faults = self._before.anonymous, self._before.faults
         self._private_estimated = True
+        self._arenas = arenas.read()
         self.doubtful = False
         self.patience: float | None = None
 
@@ -217,10 +222,12 @@ class Meter:
         else:
             peak, certain = 0, False  # below an older peak, which can not be reset here
         peak = max(peak, after.anonymous - before.anonymous, 0) + reused
+        in_arenas, sure = self._reused_in_arenas(grown=peak > DOUBT_BYTES)
+        peak += in_arenas
         self._settle(after)
         self._same = size <= SMALL_BYTES
         self._repeats = 0
-        report = self._pack(after.peak, peak, exact=certain)
+        report = self._pack(after.peak, peak, exact=certain and sure)
         self._packed = report if peak <= LOW_BYTES else b""
         return report
 
@@ -276,6 +283,18 @@ class Meter:
         # What was used and then given back to the kernel is not seen.
         certain = now > heap_before - DOUBT_BYTES
         return min(touched - self._touched_bytes, self._reusable_before), certain
+
+    def _reused_in_arenas(self, *, grown: bool) -> tuple[int, bool]:
+        """How much room that was free in Python's arenas was used, and whether that is certain."""
+        before = self._arenas
+        if grown and self._looking.allowed():
+            with self._looking.spend():
+                self._arenas = arenas.read()
+        if before is None or self._arenas is None:
+            return 0, True  # what is not known can not be doubted each time
+        # A new arena is made only when all pools of the others are in use.
+        used = before.unused if self._arenas.made > before.made else 0
+        return used, before.available + before.unused - used <= ARENA_DOUBT_BYTES
 
     # -- numbers that cost something
 
