@@ -167,6 +167,7 @@ class Meter:
         """Start to measure a task."""
         if not self._same:
             self._settle(self._measure())
+            self._packed = b""
         if self._before.peak - self._before.resident > LOW_BYTES:  # else it is where a reset would put it
             try:
                 native.reset_peak()
