@@ -179,7 +179,7 @@ static int heap_bytes_glibc(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t
 
     *free_bytes = (int64_t)heap.fordblks;
     *mmapped_bytes = (int64_t)heap.hblkhd;
-    *in_use_bytes = (int64_t)(heap.uordblks - heap.hblkhd);
+    *in_use_bytes = (int64_t)heap.uordblks;
     if (anonymous_bytes >= 0 && not_in_use_bytes < *free_bytes)
         *free_bytes = not_in_use_bytes > 0 ? not_in_use_bytes : 0;
     return 0;

@@ -170,7 +170,7 @@ static int read_statm(int64_t pages[7], int trusted)
 
 int ms_own_memory_bytes(int64_t *resident_bytes, int64_t *anonymous_bytes)
 {
-    int64_t pages[7]; /* address space, resident, of these file-backed or shared, and others */
+    int64_t pages[7] = {0}; /* address space, resident, of these file-backed or shared, and others */
     int64_t page_bytes = sysconf(_SC_PAGESIZE);
     int result = read_statm(pages, 1);
 
@@ -211,6 +211,8 @@ static int64_t peak_bytes(const struct rusage *usage)
     if (usage->ru_maxrss > __atomic_load_n(&doubtful_kilobytes, __ATOMIC_RELAXED))
         return (int64_t)usage->ru_maxrss * 1024;
     int64_t kilobytes = high_water_kilobytes();
+    if (kilobytes == -ENODATA) /* no VmHWM, as in gVisor */
+        return (int64_t)usage->ru_maxrss * 1024;
     if (kilobytes < 0)
         return kilobytes;
     __atomic_store_n(&doubtful_kilobytes, usage->ru_maxrss - (kilobytes >= usage->ru_maxrss), __ATOMIC_RELAXED);

@@ -37,6 +37,9 @@ _READ_BYTES = 65536
 #: large blocks are freed: 60 buffers of 8 MB then stay for ever.
 MMAP_BYTES, TRIM_BYTES = 1 << 20, 4 << 20
 
+#: poll() takes no more than 24 days.
+_LONGEST_WAIT_SECONDS = 86400.0
+
 #: Whoever sets one of these knows better.
 _ALLOCATOR_VARIABLES = (
     "GLIBC_TUNABLES",
@@ -299,7 +302,7 @@ def _trim_if_idle(sock: socket.socket, patience: float, meter: Meter) -> None:
     """Wait for work; give memory back when there is none for so many seconds."""
     work = select.poll()  # select() takes no descriptor above 1023
     work.register(sock, select.POLLIN)
-    if not work.poll(patience * 1000):
+    if not work.poll(min(patience, _LONGEST_WAIT_SECONDS) * 1000):
         won, report = meter.trim()
         sock.sendall(wire.head(wire.TRIMMED, len(report), 0, won) + report)
 

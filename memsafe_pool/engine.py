@@ -345,8 +345,7 @@ class Engine:
                 self.fleet.starting_children.discard(child)
                 self._next(child)
         elif kind == wire.TRIMMED:
-            child.report = wire.Report.unpack(payload)
-            self.ledger.trimmed(child, int(value))
+            self.ledger.trimmed(child, wire.Report.unpack(payload), int(value))
             logger.debug("%s gave back %s", child, _mib(value))
         elif kind == wire.FAILED:
             child.failure = bytes(payload).decode(errors="replace")

@@ -65,8 +65,9 @@ class Ledger:
         child.most_bytes = max(child.most_bytes, report.high)
         self.peaks.add(name, report.peak, exact=report.exact)
 
-    def trimmed(self, child: Child, won: int) -> None:
-        """Enter what a child has given back."""
+    def trimmed(self, child: Child, report: Report, won: int) -> None:
+        """Enter what a child has given back; what its last task needed stays known."""
+        child.report = report._replace(peak=child.report.peak, exact=child.report.exact)
         child.trims += 1
         child.trimmed_bytes += won
         self.trims += 1
@@ -98,9 +99,9 @@ class Ledger:
             with contextlib.suppress(OSError):
                 shared = memory.anonymous_bytes(forkserver)
         return Account(
-            worker=memory.private_bytes() if shared else memory.anonymous_bytes(),
+            worker=_own_bytes(alone=bool(shared)),
             forkserver=shared,
-            children=sum(map(self.private_bytes, self._fleet.children)),
+            children=sum(map(self.private_bytes, list(self._fleet.children))),
         )
 
     def table(self) -> list[dict[str, Any]]:
@@ -134,3 +135,11 @@ class Ledger:
             if job.accepted_at is not None:
                 row["running"] = round(now - job.accepted_at, 3)
         return row
+
+
+def _own_bytes(*, alone: bool) -> int:
+    """What this process has, or what is its alone; as far as it can be read."""
+    for read in (memory.private_bytes, memory.anonymous_bytes) if alone else (memory.anonymous_bytes,):
+        with contextlib.suppress(OSError):  # no smaps_rollup before Linux 4.14; no descriptor left
+            return read()
+    return 0

@@ -5,7 +5,8 @@ For library authors, too: nothing here needs Celery, or a pool. All sizes are by
     from memsafe_pool import memory
 
     memory.limit()              # of the container, or of the machine
-    memory.usage()              # what counts against it
+    memory.headroom()           # what may still be taken
+    memory.usage()              # what is taken
     memory.process().private    # what would be free if this process ended
     memory.trim()               # collect garbage, give free heap back
 
@@ -21,6 +22,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from memsafe_pool import native
@@ -37,6 +39,7 @@ __all__ = [
     "ProcessMemory",
     "Reading",
     "anonymous_bytes",
+    "headroom",
     "limit",
     "private_bytes",
     "process",
@@ -51,6 +54,12 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 Pid = int | str
 
 
+@cache
+def _probe() -> Probe:
+    """One for all, so that what is odd is said once."""
+    return Probe()
+
+
 def limit() -> int:
     """Return the memory in bytes that this process and all that share its container may use.
 
@@ -58,20 +67,29 @@ def limit() -> int:
     ``memory.limit_in_bytes``), or the machine's memory. It can change while the process runs.
     About 0.2 ms. What can not be read is a warning in the log and left out; never an error.
     """
-    return Probe().read().lowest_limit_bytes
+    return _probe().read().lowest_limit_bytes
+
+
+def headroom() -> int:
+    """Return the bytes that may still be taken until the first limit is reached.
+
+    There can be several limits: of the container, of what it is in, and the machine's memory. This
+    is the least room under any of them, which need not be under the lowest, as others use the same
+    memory. Negative above ``memory.high``. About 0.2 ms.
+    """
+    return _probe().read().headroom_bytes
 
 
 def usage() -> int:
-    """Return the memory in bytes that counts against :func:`limit`.
+    """Return the memory in bytes that is used under the limit with the least room.
 
     In a container what the kernel charges to it, less inactive file pages, which it gives back
     when they are needed: the number that decides about out-of-memory kills. About 0.2 ms. Where
     the machine's memory is the limit, what this process and all its descendants have (PSS: shared
     pages in equal parts). That takes 1 ms per process and more, about 10 ms per GB.
     """
-    probe = Probe()
-    reading = probe.read()
-    return probe.tree_bytes() if reading.limit_kind == "physical" else reading.used_bytes
+    reading = _probe().read()
+    return _probe().tree_bytes() if reading.limit_kind == "physical" else reading.used_bytes
 
 
 @dataclass(frozen=True, slots=True)

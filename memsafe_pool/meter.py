@@ -143,12 +143,13 @@ class Meter:
         self._touched_bytes = TOUCHED_BYTES
         self._littles = 0
         self._heap_before: int | None = None  # in a task that is watched
-        self._shared_memory_bytes = 0
         self._trimmed_at = 0
         self._free_bytes, self._free_at, self._free_read = 0, 0, time.monotonic()
         self._reusable_before = 0
         # What the process had at the end of the last task, and whether it still has that.
-        self._before = native.measure()
+        self._before = native.Measures(0, 0, 0, 0)
+        self._failed = False  # whether that could not be read last time
+        self._before = self._measure()
         self._same = False
         self._high_before: int | None = None  # the peak counter at the start, where it can not be reset
         self._packed, self._repeats = b"", 0
@@ -157,7 +158,9 @@ class Meter:
         self._private_bytes = min(self._before.faults * _PAGE_BYTES, self._before.anonymous)
         self._private_at, self._private_faults = self._before.anonymous, self._before.faults
         self._private_estimated = True
-        self._arenas = arenas.read()
+        self._arenas, self._arenas_due = arenas.read(), False
+        self._files_at = self._before.resident - self._before.anonymous
+        self._shared_memory_bytes = memory.shared_memory_bytes()
         self.doubtful = False
         self.patience: float | None = None
 
@@ -209,6 +212,7 @@ class Meter:
             and self._packed
             and self._heap_before is None
             and self._repeats < MOST_REPEATS
+            and (after.faults - before.faults) * _PAGE_BYTES < DOUBT_BYTES
         ):
             self._repeats += 1
             self._same = size <= SMALL_BYTES
@@ -218,18 +222,24 @@ class Meter:
             reused, certain = self._reused(self._heap_before)
             # The end of the heap has been given back meanwhile.
             after = self._measure()._replace(peak=after.peak)
-        if self._high_before is None or after.peak > self._high_before:
-            peak = after.peak - before.resident - self._grown_files(before, after)
+        grown_files, steady = self._grown_files(before, after)
+        if self._failed:
+            peak, certain = 0, False
+        elif self._high_before is None or after.peak > self._high_before:
+            peak, certain = after.peak - before.resident - grown_files, certain and steady
         else:
             peak, certain = 0, False  # below an older peak, which can not be reset here
         peak = max(peak, after.anonymous - before.anonymous, 0) + reused
-        in_arenas, sure = self._reused_in_arenas(grown=peak > DOUBT_BYTES)
+        moved = max(peak, before.anonymous - after.anonymous) > DOUBT_BYTES
+        in_arenas, sure = self._reused_in_arenas(moved=moved)
         peak += in_arenas
         self._settle(after)
         self._same = size <= SMALL_BYTES
         self._repeats = 0
         report = self._pack(after.peak, peak, exact=certain and sure)
-        self._packed = report if peak <= LOW_BYTES else b""
+        # What may be repeated is what a task that changes nothing would have, not being watched.
+        usual = certain is not self.doubtful and not self._failed
+        self._packed = report if usual and peak <= LOW_BYTES else b""
         return report
 
     def report(self) -> bytes:
@@ -240,14 +250,18 @@ class Meter:
     def _measure(self) -> native.Measures:
         """What the process has; what it had, where that can not be read: a task may take all descriptors."""
         try:
-            return native.measure()
+            now = native.measure()
         except OSError:
+            self._failed = True
             return self._before
+        self._failed = False
+        return now
 
     def _settle(self, now: native.Measures) -> None:
         """Take this for what the process has before the next task."""
         self._before = now
         self._heap_before = None
+        self._trimmed_at = min(self._trimmed_at, now.anonymous)
         self._reusable_before = self._reusable(now.anonymous)
         self.doubtful = self._reusable_before > DOUBT_BYTES
         worth_it = self._trim_idle is not None and now.anonymous - self._trimmed_at >= self._trim_bytes
@@ -259,15 +273,19 @@ class Meter:
             now.resident, now.anonymous, self._private_now(now), high, peak, self._reusable_before, exact
         )
 
-    def _grown_files(self, before: native.Measures, after: native.Measures) -> int:
-        """What was mapped of files since the task began: memory, but not the task's own."""
-        grown = (after.resident - after.anonymous) - (before.resident - before.anonymous)
-        if grown <= DOUBT_BYTES:
-            return grown
-        shared_memory = memory.shared_memory_bytes()
-        grown -= shared_memory - self._shared_memory_bytes
-        self._shared_memory_bytes = shared_memory
-        return grown
+    def _grown_files(self, before: native.Measures, after: native.Measures) -> tuple[int, bool]:
+        """What was mapped of files since the task began, and whether that is certain.
+
+        It is memory, but not the task's own. What was unmapped, or taken back by the kernel, may have
+        been so before or after the peak.
+        """
+        files = after.resident - after.anonymous
+        grown = files - (before.resident - before.anonymous)
+        if abs(files - self._files_at) > DOUBT_BYTES:
+            shared_memory = memory.shared_memory_bytes()
+            grown -= shared_memory - self._shared_memory_bytes
+            self._files_at, self._shared_memory_bytes = files, shared_memory
+        return max(grown, 0), grown >= -DOUBT_BYTES
 
     def _reused(self, heap_before: int) -> tuple[int, bool]:
         """How much heap that had been free was used, and whether that is certain."""
@@ -285,17 +303,27 @@ class Meter:
         certain = now > heap_before - DOUBT_BYTES
         return min(touched - self._touched_bytes, self._reusable_before), certain
 
-    def _reused_in_arenas(self, *, grown: bool) -> tuple[int, bool]:
-        """How much room that was free in Python's arenas was used, and whether that is certain."""
-        before = self._arenas
-        if grown and self._looking.allowed():
-            with self._looking.spend():
-                self._arenas = arenas.read()
+    def _reused_in_arenas(self, *, moved: bool) -> tuple[int, bool]:
+        """How much room that was free in Python's arenas was used, and whether that is certain.
+
+        Arguments:
+            moved: Whether memory has grown or shrunk by much, so that the arenas may be others.
+        """
+        before, stale = self._arenas, self._arenas_due
+        self._arenas_due = moved or stale
+        if self._arenas_due and self._looking.allowed():
+            self._read_arenas()
         if before is None or self._arenas is None:
             return 0, True  # what is not known can not be doubted each time
+        if stale or self._arenas_due:
+            return 0, False
         # A new arena is made only when all pools of the others are in use.
         used = before.unused if self._arenas.made > before.made else 0
         return used, before.available + before.unused - used <= ARENA_DOUBT_BYTES
+
+    def _read_arenas(self) -> None:
+        with self._looking.spend():
+            self._arenas, self._arenas_due = arenas.read(), False
 
     # -- numbers that cost something
 
@@ -343,6 +371,7 @@ class Meter:
         now = self._measure()
         self._trimmed_at = now.anonymous
         self._read_free(now.anonymous)
+        self._read_arenas()
         self._settle(now)
         self._same, self._packed = True, b""
         return won, self._pack(now.resident, 0, exact=False)

@@ -150,7 +150,7 @@ class _CtypesLibrary:
             anonymous_bytes = self._anonymous_memory()
             not_in_use = heap.fordblks if anonymous_bytes < 0 else max(0, anonymous_bytes - heap.uordblks)
             free_bytes[0], mmapped_bytes[0] = min(heap.fordblks, not_in_use), heap.hblkhd
-            in_use_bytes[0] = heap.uordblks - heap.hblkhd
+            in_use_bytes[0] = heap.uordblks
             return 0
         return -errno.ENOSYS
 

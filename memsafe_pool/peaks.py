@@ -76,7 +76,7 @@ class Peaks:
 
     def summaries(self) -> dict[str, Summary]:
         """Return each task's peaks in numbers. Percentiles are by the nearest-rank method."""
-        return {name: _summary(record) for name, record in self._records.items()}
+        return {name: _summary(record) for name, record in list(self._records.items())}
 
 
 def _summary(record: _Record) -> Summary:

@@ -9,6 +9,7 @@ Everything here runs in the worker, except the few lines after a ``fork``.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -182,6 +183,7 @@ class Fork(_WithoutServer):
 
     def _be_child(self, child: Child, sock: socket.socket) -> None:
         try:
+            gc.freeze()  # a collection here would write to, and so copy, all that the worker has
             forkserver.cut_off(self.origin.descriptors, sock.fileno())
             terms = replace(self.origin.terms, name=child.name, index=child.index)
             upstream.become_child(terms.name, terms.index, terms.worker_pid)

@@ -190,7 +190,7 @@ def test_each_threshold_can_be_left_alone(run):
         native.set_allocator_thresholds(mmap_bytes=32 * 1024 * 1024)
         before = native.heap_bytes().mmapped
         block = bytearray(30_000_000)
-        print(native.heap_bytes().mmapped == before)
+        print(native.heap_bytes().mmapped == before, flush=True)
         native.set_allocator_thresholds(mmap_bytes=1_000_000)
         if os.fork() == 0:
             block = bytearray(30_000_000)

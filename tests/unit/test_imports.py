@@ -133,6 +133,7 @@ def test_inner_parts_of_celery_are_in_one_place(module):
 
 
 #: Private attributes of others that may be used everywhere: Python's own, and done without where missing.
+NAMEDTUPLE_METHODS = {"_asdict", "_replace"}
 KNOWN_ATTRIBUTES = {("os", "_exit"), ("ctypes.pythonapi", "_PyObject_DebugMallocStats")}
 
 
@@ -143,6 +144,8 @@ def test_private_attributes_are_ones_own(module):
         return
     for node in ast.walk(tree(module)):
         if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+            continue
+        if node.attr in NAMEDTUPLE_METHODS:
             continue
         owner = ast.unparse(node.value)
         if owner in ("self", "cls") or owner.startswith("self.") or (owner, node.attr) in KNOWN_ATTRIBUTES:

@@ -117,7 +117,7 @@ def test_the_table(fleet, add):
     child.first_private_bytes = MIB
     ledger.ended(child, "task", Report(9, 8, 7 * MIB, 60, 5, 4, exact=True))
     ledger.ended(child, "task", Report(9, 8, 7 * MIB, 50, 5, 4, exact=True))
-    ledger.trimmed(child, 11)
+    ledger.trimmed(child, Report(9, 8, 7 * MIB, 0, 0, 4), 11)
     [row] = ledger.table()
     assert row.pop("age") < 10
     assert row == {
@@ -148,5 +148,5 @@ def test_what_is_won_is_added_up(fleet, add):
     """Also of children that are gone since."""
     ledger = Ledger(fleet)
     for won in (5, 6):
-        ledger.trimmed(add(State.IDLE), won)
+        ledger.trimmed(add(State.IDLE), Report(), won)
     assert (ledger.trims, ledger.trimmed_bytes) == (2, 11)

@@ -64,6 +64,7 @@ def test_a_process_in_one():
 def test_limit_and_usage():
     """There is a limit, and something is used of it; what this process adds is used."""
     assert 0 < memory.usage() < memory.limit()
+    assert 0 < memory.headroom() < memory.limit()
     before = memory.usage()
     block = bytearray(b"x") * (200 * MB)
     assert memory.usage() - before > 100 * MB

@@ -104,6 +104,96 @@ def test_heap_that_is_used_again_is_a_tasks_own():
     """)
 
 
+def test_a_result_that_goes_after_the_report():
+    """It is still there when its task is measured, and must not be counted against the next one."""
+    run("""
+        meter = child_meter()
+        for _ in range(3):
+            measure(meter, int)
+        meter.begin()
+        result = bytearray(50 * MIB)
+        large_one = wire.Report.unpack(meter.end(len(result)))
+        del result
+        quiet = measure(meter, int)[0]
+        assert large_one.resident - quiet.resident > 45 * MIB, (large_one, quiet)
+        if sys.platform == "linux":
+            close(measure(meter, large, 30)[0], 30)
+    """)
+
+
+def test_tasks_that_change_nothing_are_not_measured_at_length():
+    """They have the same report, until so many of them have had it, or something has changed."""
+    run("""
+        meter = child_meter()
+        seen = []
+        real = meter._pack
+        meter._pack = lambda *args, **options: seen.append(1) or real(*args, **options)
+        for _ in range(1000):
+            measure(meter, int)
+        assert 10 < len(seen) < 500, len(seen)
+        kept = bytearray(b"x") * (5 * MIB)
+        before = len(seen)
+        assert measure(meter, int)[0].peak >= 0
+        assert len(seen) == before + 1
+    """)
+
+
+@linux_only
+def test_writing_to_what_was_shared_is_seen_soon():
+    """It changes neither resident memory nor its peak, but page faults tell."""
+    run("""
+        from memsafe_pool.memory import private_bytes
+        model = bytearray(b"x") * (40 * MIB)
+        pid = os.fork()
+        if pid == 0:
+            module.START_SECONDS = 0
+            meter = child_meter()
+            def write(pages=iter(range(0, 40 * MIB, 4096))):
+                for at, _ in zip(pages, range(100)):
+                    model[at] = 1
+            for _ in range(200):
+                report, _ = measure(meter, write, little=True)
+            deadline = time.monotonic() + 10
+            while abs(report.private - private_bytes()) > 3 * MIB and time.monotonic() < deadline:
+                report, _ = measure(meter, sum, range(10000), little=True)
+            assert abs(report.private - private_bytes()) <= 3 * MIB, (report, private_bytes())
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+    """)
+
+
+@linux_only
+def test_files_that_go_are_no_peak():
+    """A task that unmaps a large file has needed nothing."""
+    run("""
+        import mmap, tempfile
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes(30 * MIB))
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            assert sum(mapped[::4096]) == 0
+            meter = child_meter()
+            report, _ = measure(meter, mapped.close)
+            assert report.peak < MIB, report
+    """)
+
+
+@linux_only
+def test_shared_memory_is_a_tasks_own_each_time():
+    """What a task takes as shared memory and gives back counts for it, and not for the next one less."""
+    run("""
+        import mmap
+        def share_and_keep(kept=[]):
+            kept.append(mmap.mmap(-1, 20 * MIB))
+            for at in range(0, 20 * MIB, 4096):
+                kept[-1][at] = 1
+        meter = child_meter()
+        for _ in range(3):
+            report, _ = measure(meter, share_and_keep)
+            close(report, 20)
+    """)
+
+
 @linux_only
 def test_what_may_be_hidden_and_was_not_looked_at_is_a_lower_bound():
     """Without the allowance for it the peak is not called exact; it is not too high."""
