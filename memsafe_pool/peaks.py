@@ -22,7 +22,7 @@ KEPT_PEAKS = 200
 KEPT_NAMES = 1000
 
 
-#: A task needs little when each of so many exact peaks in a row was not above this many bytes.
+#: A task needs little when each of so many peaks in a row was not above this many bytes.
 LITTLE_RUNS, LITTLE_BYTES = 4, 1 << 20
 
 
@@ -64,8 +64,8 @@ class Peaks:
         record.count += 1
         record.exact += exact
         record.last = peak
-        # A lower bound that is low says nothing.
-        record.little = 0 if peak > LITTLE_BYTES else record.little + exact
+        # Also by lower bounds: what a child could look at it has looked at, until it is told not to.
+        record.little = 0 if peak > LITTLE_BYTES else record.little + 1
         record.most = max(record.most, peak)
         (record.peaks if exact else record.bounds).append(peak)
 
