@@ -149,8 +149,10 @@ static int transfer(struct proc_file *file, char *text, size_t size, int trusted
     return result;
 }
 
-/* Kernels from 6.2 to 6.15 leave some tens of pages per CPU out here. smaps_rollup does not, for 10 ms per GB. */
-/* The numbers of statm in pages; 0 or -errno. */
+/*
+ * The numbers of statm in pages; 0 or -errno. Kernels from 6.2 to 6.15 leave some tens of pages per CPU out here.
+ * smaps_rollup does not, for 10 ms per GB.
+ */
 static int read_statm(int64_t pages[7], int trusted)
 {
     char text[256];

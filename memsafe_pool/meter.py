@@ -21,7 +21,6 @@ See also ``native`` for what is read how, and what it costs.
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from contextlib import contextmanager, suppress
@@ -143,8 +142,6 @@ class Meter:
         self._touched_bytes = TOUCHED_BYTES
         self._littles = 0
         self._heap_before: int | None = None  # in a task that is watched
-        self._trimmed_at = 0
-        self._free_bytes, self._free_at, self._free_read = 0, 0, time.monotonic()
         self._reusable_before = 0
         # What the process had at the end of the last task, and whether it still has that.
         self._before = native.Measures(0, 0, 0, 0)
@@ -153,7 +150,8 @@ class Meter:
         self._same = False
         self._high_before: int | None = None  # the peak counter at the start, where it can not be reset
         self._packed, self._repeats = b"", 0
-        self._trimmed_at = self._free_at = self._before.anonymous
+        self._trimmed_at = self._before.anonymous
+        self._free_bytes, self._free_at, self._free_read = 0, self._before.anonymous, time.monotonic()
         # Each page that is not shared, or not any more, has been faulted in; some of files have, too.
         self._private_bytes = min(self._before.faults * _PAGE_BYTES, self._before.anonymous)
         self._private_at, self._private_faults = self._before.anonymous, self._before.faults
@@ -405,13 +403,8 @@ def _heap_pages() -> tuple[int, int] | None:
 def _forget_references() -> bool:
     """Clear the referenced bits of anonymous memory; whether that was possible."""
     try:
-        fd = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+        with open("/proc/self/clear_refs", "wb", buffering=0) as clear_refs:
+            clear_refs.write(b"2")
     except OSError:
         return False
-    try:
-        os.write(fd, b"2")
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
     return True

@@ -27,6 +27,7 @@ __all__ = [
     "EXTENSION_ERROR",
     "HAVE_EXTENSION",
     "HeapBytes",
+    "Measures",
     "OwnMemory",
     "allocator",
     "get_child_subreaper",

@@ -21,7 +21,6 @@ KEPT_PEAKS = 200
 #: Task names kept; the one that ran least recently goes first.
 KEPT_NAMES = 1000
 
-
 #: A task needs little when each of so many peaks in a row was not above this many bytes.
 LITTLE_RUNS, LITTLE_BYTES = 4, 1 << 20
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from .waiting import until
 
@@ -108,3 +111,15 @@ class Cgroup:
         except OSError:  # busy: a process of it has not quite ended
             return False
         return True
+
+
+@contextlib.contextmanager
+def limited(number: int) -> Iterator[Cgroup]:
+    """A cgroup with this limit in bytes and nothing in it; the test is skipped where none can be made."""
+    try:
+        group = Cgroup()
+    except Unavailable as exc:
+        pytest.skip(f"no memory cgroup can be made here: {exc}")
+    with group:
+        group.limit(number)
+        yield group

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from harness.cgroup import Cgroup, Unavailable
+from harness.cgroup import limited
 from harness.waiting import DEADLINE, until
 
 from memsafe_pool.probe import Probe
@@ -86,12 +86,7 @@ class Inside:
 @pytest.fixture
 def outer():
     """A cgroup of 200 MB, with nothing in it."""
-    try:
-        cgroup = Cgroup()
-    except Unavailable as exc:
-        pytest.skip(f"no memory cgroup can be made: {exc}")
-    with cgroup:
-        cgroup.limit(200 * MB)
+    with limited(200 * MB) as cgroup:
         yield cgroup
 
 
