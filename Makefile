@@ -9,6 +9,8 @@ TEST_PROCESSES ?= 6
 TEST_SECONDS ?= 1800
 # More options for pytest, such as PYTEST_ARGS="-k spawn -x".
 PYTEST_ARGS ?=
+# Examples that `make check-model` tries; `make pytest` tries a few.
+MODEL_EXAMPLES ?= 10000
 # More options for the demo and the benchmarks.
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -22,12 +24,13 @@ COMMA := ,
 # What a caller's shell has set must not leak into the virtual environment.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test pytest lint format bench clean
+.PHONY: help demo test pytest check-model lint format bench clean
 
 help:
 	@echo "make demo    run a real worker on this pool, with nothing else to install"
 	@echo "make test    make lint and all tests; PYTEST_ARGS=... for pytest, TEST_PROCESSES=$(TEST_PROCESSES), PYTHON=$(PYTHON)"
 	@echo "make pytest  the tests alone"
+	@echo "make check-model  search longer for what the rules do not think of: MODEL_EXAMPLES=$(MODEL_EXAMPLES)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff format the code"
 	@echo "make bench   measure against Celery's own pool"
@@ -45,6 +48,10 @@ test: $(VENV)/.installed-test
 
 pytest: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --session-timeout $(TEST_SECONDS) $(PYTEST_ARGS)
+
+# Half of them on machines where nobody lies: there memory must not even pass the budget.
+check-model: $(VENV)/.installed-test
+	MODEL_EXAMPLES=$(MODEL_EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 -o faulthandler_timeout=0 tests/unit/test_model.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	@failed=; \

@@ -9,7 +9,8 @@ What else it does at import is chosen by environment variables, so that every wo
     BENCH_STAMPS                 file to which tasks append when they ran, one JSON object per line
     BENCH_RECEIVED               also stamp when the worker received each task
     BENCH_START_METHOD           `worker_pool_start_method`, for stock prefork
-    BENCH_METER                  "none": our pool's children measure and report nothing, see `no_meter`
+    BENCH_POOL_RESTARTS          allow `pool_restart`
+    BENCH_METER                  a file for what tasks cost with and without a report, see `no_meter`
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ app.conf.update(
     broker_transport_options={"global_keyprefix": os.environ["BENCH_PREFIX"]},
     broker_connection_retry_on_startup=True,
     worker_pool_start_method=os.environ.get("BENCH_START_METHOD", "fork"),
+    worker_pool_restarts=bool(os.environ.get("BENCH_POOL_RESTARTS")),
 )
 
 _import_seconds = float(os.environ.get("BENCH_IMPORT_SECONDS", "0"))
@@ -77,10 +79,16 @@ if os.environ.get("BENCH_RECEIVED"):
         _stamp(event="received", id=request.id, at=at)
 
 
-if os.environ.get("BENCH_METER") == "none":
+@signals.task_failure.connect
+def _failed(task_id: str, exception: BaseException, **_: Any) -> None:
+    """In the child that raised; in the worker when the child was lost, and it is final."""
+    _stamp(event="failed", id=task_id, at=time.monotonic(), error=type(exception).__name__)
+
+
+if _rounds := os.environ.get("BENCH_METER"):
     import no_meter
 
-    no_meter.install()
+    no_meter.install(_rounds)
 
 
 @app.task(name="noop")
@@ -180,3 +188,55 @@ def cache(self: Any, size: int) -> None:
     """Keep one block more, until there are 20."""
     _cache.append(b"x" * size)
     _done(self, size)
+
+
+# Tasks for workers in small containers. "begun" is stamped at each try, "done" when it was held long enough.
+
+
+def _touched(size: int) -> np.ndarray[Any, Any]:
+    """Make an array of `size` bytes and write to it piece by piece, as fast as one core can."""
+    array = np.empty(size, np.uint8)
+    for start in range(0, size, 1 << 20):
+        array[start : start + (1 << 20)] = 1
+    return array
+
+
+def _hold(task: Any, size: int, seconds: float) -> None:
+    _stamp(event="begun", id=task.request.id, at=time.monotonic(), worker=os.getppid())
+    array = _touched(size)
+    time.sleep(seconds)
+    _stamp(event="done", id=task.request.id, at=time.monotonic(), bytes=array.nbytes, worker=os.getppid())
+
+
+@app.task(name="hold", bind=True)
+def hold(self: Any, size: int, seconds: float) -> None:
+    """Have `size` bytes for that many seconds."""
+    _hold(self, size, seconds)
+
+
+@app.task(name="hold_late", bind=True, acks_late=True)
+def hold_late(self: Any, size: int, seconds: float) -> None:
+    """Do as `hold`, acknowledged at its end."""
+    _hold(self, size, seconds)
+
+
+@app.task(name="hold_requeued", bind=True, acks_late=True, reject_on_worker_lost=True)
+def hold_requeued(self: Any, size: int, seconds: float) -> None:
+    """Do as `hold_late`, and back to the queue when its child is lost."""
+    _hold(self, size, seconds)
+
+
+_leaked: list[Any] = []
+
+
+@app.task(name="leak", bind=True)
+def leak(self: Any, size: int, cpu_seconds: float, keep: bool) -> None:
+    """Have `size` bytes, use the CPU that long, and keep them for ever or not."""
+    _stamp(event="begun", id=self.request.id, at=time.monotonic())
+    array = _touched(size)
+    if keep:
+        _leaked.append(array)
+    until = time.process_time() + cpu_seconds
+    while time.process_time() < until:
+        sum(range(1000))
+    _stamp(event="done", id=self.request.id, at=time.monotonic())

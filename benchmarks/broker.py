@@ -82,15 +82,27 @@ class Lane:
         """Publish one task to the worker's queue."""
         self.app.send_task(name, args, queue="bench")
 
-    def stage(self, name: str, *args: object, count: int = 1) -> None:
-        """Publish `count` tasks to a queue that nobody reads."""
+    def stage(self, name: str, *args: object, count: int = 1) -> list[str]:
+        """Publish `count` tasks to a queue that nobody reads; return their ids."""
         with self.app.producer_pool.acquire(block=True) as producer:
-            for _ in range(count):
-                self.app.send_task(name, args, queue="staging", producer=producer)
+            return [
+                self.app.send_task(name, args, queue="staging", producer=producer).id for _ in range(count)
+            ]
 
     def release(self) -> None:
-        """Let the worker have all staged tasks at once."""
-        if not self._redis.renamenx(self.prefix + "staging", self.prefix + "bench"):
+        """Let the worker have all staged tasks at once.
+
+        A message says where it was sent, and goes back there when it is rejected: not to the staging queue.
+        """
+        staging = self.prefix + "staging"
+        messages = [
+            message.replace(b'"routing_key": "staging"', b'"routing_key": "bench"')
+            for message in self._redis.lrange(staging, 0, -1)
+        ]
+        with self._redis.pipeline() as pipeline:
+            pipeline.delete(staging).rpush(staging, *messages).renamenx(staging, self.prefix + "bench")
+            released = pipeline.execute()[-1]
+        if not released:
             message = "tasks are still waiting in the worker's queue"
             raise RuntimeError(message)
 
@@ -118,11 +130,15 @@ class Lane:
 
     def stats(self, worker: str, timeout: float = 30) -> dict[str, Any]:
         """Return what `inspect stats` gives."""
-        self._redis.delete(self.prefix + "reply-stats")
-        self._request(worker, "stats")
-        reply = self._redis.blpop(self.prefix + "reply-stats", timeout)
+        return self.ask(worker, "stats", timeout)
+
+    def ask(self, worker: str, method: str, timeout: float = 30) -> Any:
+        """Return what `inspect <method>` gives."""
+        self._redis.delete(self.prefix + f"reply-{method}")
+        self._request(worker, method)
+        reply = self._redis.blpop(self.prefix + f"reply-{method}", timeout)
         if reply is None:
-            message = f"no stats from {worker} in {timeout:g} s"
+            message = f"no {method} from {worker} in {timeout:g} s"
             raise RuntimeError(message)
         return json.loads(base64.b64decode(json.loads(reply[1])["body"]))[worker]
 

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
@@ -75,8 +77,9 @@ def paired(
 
 
 def say(text: str) -> None:
-    """Progress, with the machine's load, on standard error."""
-    print(f"  [load {os.getloadavg()[0]:.1f}] {text}", file=sys.stderr, flush=True)
+    """Progress, on standard error, with the machine's load, and the share of it that the host took since."""
+    stolen = getattr(psutil.cpu_times_percent(), "steal", 0.0)
+    print(f"  [load {os.getloadavg()[0]:.1f}, stolen {stolen:.0f} %] {text}", file=sys.stderr, flush=True)
 
 
 def line(cells: Iterable[str]) -> str:

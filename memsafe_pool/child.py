@@ -25,7 +25,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from memsafe_pool import native, upstream, wire
+from memsafe_pool.errors import SoftMemoryLimitExceeded
 from memsafe_pool.meter import Meter
+from memsafe_pool.rlimit import Bound
 
 __all__ = ["Terms", "run", "send_failure", "tie_to_parent"]
 
@@ -94,6 +96,7 @@ class _Signals:
             signal.SIGQUIT: self._on_terminate,
             signal.SIGHUP: self._on_terminate,
             signal.SIGUSR1: self._on_soft_limit,
+            signal.SIGUSR2: self._on_soft_memory_limit,
             signal.SIGINT: signal.SIG_IGN,
         }
         if upstream.TERM_SIGNAL != signal.SIGTERM:
@@ -113,6 +116,10 @@ class _Signals:
         if self.in_task:
             raise upstream.SoftTimeLimitExceeded
 
+    def _on_soft_memory_limit(self, signum: int, frame: FrameType | None) -> None:
+        if self.in_task:
+            raise SoftMemoryLimitExceeded
+
 
 def run(app: Any, sock: socket.socket, terms: Terms, midwife: int = 0) -> NoReturn:
     """Be a child until the end. The app is imported and prepared; never returns.
@@ -127,7 +134,7 @@ def run(app: Any, sock: socket.socket, terms: Terms, midwife: int = 0) -> NoRetu
     try:
         signals, meter = _begin(app, sock, terms, midwife)
         if meter is not None:
-            code = _serve(sock, terms, signals, meter)
+            code = _serve(app, sock, terms, signals, meter)
     except _Leave as leave:
         code = int(leave.code or 0)
     except ConnectionError:
@@ -200,11 +207,11 @@ def tie_to_parent(pid: int, midwife: int = 0) -> None:
         os._exit(1)
 
 
-def _serve(sock: socket.socket, terms: Terms, signals: _Signals, meter: Meter) -> int:
+def _serve(app: Any, sock: socket.socket, terms: Terms, signals: _Signals, meter: Meter) -> int:
     """Run tasks until there are no more; return the exit code."""
     code = 0
     try:
-        _run_tasks(sock, signals, meter)
+        _run_tasks(app, sock, terms.hostname, signals, meter)
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     finally:
@@ -212,22 +219,25 @@ def _serve(sock: socket.socket, terms: Terms, signals: _Signals, meter: Meter) -
     return code
 
 
-def _run_tasks(sock: socket.socket, signals: _Signals, meter: Meter) -> None:
+def _run_tasks(app: Any, sock: socket.socket, hostname: str, signals: _Signals, meter: Meter) -> None:
     send, loads, head = sock.sendall, pickle.loads, wire.head
     monotonic = time.monotonic
     pid = os.getpid()
-    inbox = _Inbox(sock)
+    inbox, bound = _Inbox(sock), Bound()
     while True:
         if inbox.empty and (patience := meter.patience) is not None:
             _trim_if_idle(sock, patience, meter)
         if not inbox.wait():
             return
         meter.begin()
-        job, needs_little, payload = inbox.take()
+        job, hints, payload = inbox.take()
+        if meter.doubtful:
+            _watch(sock, meter, hints)
         function, args, kwargs = loads(payload)
         del payload  # a large call must not stay in memory twice while it runs
-        if meter.doubtful:
-            meter.watch(little=needs_little)
+        if inbox.limit_bytes:
+            bound.size, inbox.limit_bytes = inbox.limit_bytes, 0
+            upstream.wrap_run(app, args[0], hostname, bound)
         send(head(wire.ACK, 0, job, monotonic()))
         signals.in_task = True
         try:
@@ -240,6 +250,8 @@ def _run_tasks(sock: socket.socket, signals: _Signals, meter: Meter) -> None:
             outcome = _failure(exc)
         finally:
             signals.in_task = False
+            bound.size = 0
+            bound.lift()  # a signal may have kept the task from doing so
             if os.getpid() != pid:
                 os._exit(0)  # the task has forked, and its copy has come back too: one is enough
         del function, args, kwargs
@@ -248,13 +260,18 @@ def _run_tasks(sock: socket.socket, signals: _Signals, meter: Meter) -> None:
 
 
 class _Inbox:
-    """What the worker sends, one message after the other."""
+    """What the worker sends, one message after the other.
 
-    __slots__ = ("_data", "_sock")
+    Attributes:
+        limit_bytes: What the next task may take; 0 for no limit.
+    """
+
+    __slots__ = ("_data", "_sock", "limit_bytes")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._data = b""
+        self.limit_bytes = 0
 
     @property
     def empty(self) -> bool:
@@ -263,17 +280,22 @@ class _Inbox:
 
     def wait(self) -> bool:
         """Wait for a task; return False when there is none to come: the worker says so, or is gone."""
-        while len(self._data) < wire.HEAD.size:
-            data = self._sock.recv(_READ_BYTES)
-            if not data:
-                if self._data:
-                    raise SystemExit(1)
-                return False
-            self._data += data
-        return self._data[0] != wire.STOP
+        size = wire.HEAD.size
+        while True:
+            while len(self._data) < size:
+                data = self._sock.recv(_READ_BYTES)
+                if not data:
+                    if self._data:
+                        raise SystemExit(1)
+                    return False
+                self._data += data
+            if self._data[0] != wire.LIMIT:
+                return self._data[0] != wire.STOP
+            self.limit_bytes = int(wire.HEAD.unpack_from(self._data)[3])
+            self._data = self._data[size:]
 
-    def take(self) -> tuple[int, bool, memoryview]:
-        """Return a task that has arrived: its number, whether it needs little, and the payload.
+    def take(self) -> tuple[int, int, memoryview]:
+        """Return a task that has arrived: its number, what is said of it, and the payload.
 
         Wait for the rest of it.
         """
@@ -284,7 +306,7 @@ class _Inbox:
         self._data = data[end:]
         if len(data) < end:
             payload = self._take_rest(payload, length)
-        return job, bool(number), payload
+        return job, int(number), payload
 
     def _take_rest(self, begun: memoryview, length: int) -> memoryview:
         whole = memoryview(bytearray(length))
@@ -303,8 +325,21 @@ def _trim_if_idle(sock: socket.socket, patience: float, meter: Meter) -> None:
     work = select.poll()  # select() takes no descriptor above 1023
     work.register(sock, select.POLLIN)
     if not work.poll(min(patience, _LONGEST_WAIT_SECONDS) * 1000):
-        won, report = meter.trim()
-        sock.sendall(wire.head(wire.TRIMMED, len(report), 0, won) + report)
+        _trim(sock, meter, collect=True)
+
+
+def _watch(sock: socket.socket, meter: Meter, hints: int) -> None:
+    """Give free heap back, or find out how much of it the task that begins will use."""
+    if hints & wire.TRIM and meter.worth_trimming:
+        _trim(sock, meter, collect=False)  # a collection may take longer than the task
+        meter.begin()
+    if meter.doubtful:
+        meter.watch(known=bool(hints & wire.KNOWN))
+
+
+def _trim(sock: socket.socket, meter: Meter, *, collect: bool) -> None:
+    won, report = meter.trim(collect=collect)
+    sock.sendall(wire.head(wire.TRIMMED, len(report), 0, won) + report)
 
 
 def _failure(exc: BaseException) -> tuple[bool, Any]:
@@ -321,7 +356,10 @@ def _send_outcome(send: Any, job: int, outcome: tuple[bool, Any], meter: Meter) 
         error = upstream.failed(upstream.MaybeEncodingError(exc, outcome[1]))
         body = pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
     report = meter.end(len(body))
-    message = wire.head(wire.DONE, len(report) + len(body), job, 0.0) + report
+    if meter.repeated:
+        message = wire.head(wire.DONE, len(body), job, 1.0)
+    else:
+        message = wire.head(wire.DONE, len(report) + len(body), job, 0.0) + report
     if len(body) < _READ_BYTES:
         send(message + body)
     else:

@@ -29,6 +29,7 @@ from memsafe_pool.start import Origin, Owner, Spawn, StartMethod
 
 if TYPE_CHECKING:
     from memsafe_pool.loop import Mailbox
+    from memsafe_pool.watch import Watch
 
 __all__ = ["Crew", "Listener"]
 
@@ -66,6 +67,8 @@ class Crew:
         make_start_method: Makes the way they are started, given this crew.
         listener: Who is told about them.
         mailbox: For what the loop and its timers call; those may fire in another thread.
+        fleet: The record of them.
+        watch: Stops children for a while, and must not do that to those that are to end.
         start_timeout: Seconds a child may take until it is ready.
     """
 
@@ -76,15 +79,18 @@ class Crew:
         listener: Listener,
         mailbox: Mailbox,
         *,
+        fleet: Fleet,
+        watch: Watch,
         start_timeout: float,
     ) -> None:
-        self.fleet = Fleet()
+        self.fleet = fleet
         self.hub: Any = None
         self.starts = 0
         self.generation = 0
         self._origin = origin
         self._listener = listener
         self.post = mailbox.post
+        self._watch = watch
         self._start_timeout = start_timeout
         self.start_method = make_start_method(self, origin)
 
@@ -94,6 +100,8 @@ class Crew:
         self.start_method.attach()
         for child in self.fleet.children:
             self._attach(child)
+            if child.kill_at is not None:
+                self._kill_after(child.kill_at - time.monotonic(), child)
 
     def _attach(self, child: Child) -> None:
         child.link.attach(self.hub, self.post, self._on_readable, child)
@@ -167,14 +175,11 @@ class Crew:
             self.start_method.start(child, sock)
 
     def renew(self) -> None:
-        """Replace what children are forked from, and let those go that are idle.
-
-        Children of an older generation are to be let go when they have ended their task.
-        """
+        """Replace what children are forked from; those there are count as outdated from now on."""
         self.generation += 1
+        for child in self.fleet.children:
+            child.outdated = True
         self.start_method.renew()
-        for child in list(self.fleet.idle):
-            self.let_go(child)
 
     # -- end
 
@@ -190,10 +195,12 @@ class Crew:
         self.fleet.move(child, State.LEAVING)
         child.expected = True
         child.signal_group(signum)
+        self._watch.end(child)  # a paused process does not act on signals
         if signum != signal.SIGKILL:
             self._kill_after(after, child)
 
     def _kill_after(self, seconds: float, child: Child) -> None:
+        child.kill_at = time.monotonic() + seconds
         self.hub.call_later(seconds, self.post, self._kill_late, child)
 
     def _kill_late(self, child: Child) -> None:
@@ -238,6 +245,7 @@ class Crew:
         if not self._reap(child) and child.state not in {State.LEAVING, State.GONE}:
             self.fleet.move(child, State.LEAVING)
             child.signal_group(signal.SIGTERM)
+            self._watch.end(child)
             self._kill_after(CUT_OFF_SECONDS, child)
 
     def _reap(self, child: Child) -> bool:
@@ -245,14 +253,13 @@ class Crew:
         if child.state is State.GONE or not child.pid:
             return False
         try:
-            pid, status = os.waitpid(child.pid, os.WNOHANG)
+            pid, status = self._watch.reap(child)
         except ChildProcessError:
             pid, status = child.pid, None  # somebody else has reaped it
         if not pid:
             return False
-        while messages := child.link.read():  # what it has left behind
-            for message in messages:
-                self._listener.on_message(child, *message)
+        for message in child.link.read_rest():  # what it has left behind
+            self._listener.on_message(child, *message)
         self._gone(child, None if status is None else os.waitstatus_to_exitcode(status))
         return True
 
@@ -266,6 +273,7 @@ class Crew:
             os.close(child.sentinel)
             child.sentinel = -1
         self.fleet.move(child, State.GONE)
+        self._watch.gone(child)
         _log_end(child, exitcode, failed=failed)
         self._listener.on_gone(child, exitcode, failed=failed)
 

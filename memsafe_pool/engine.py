@@ -4,9 +4,9 @@ It takes the place of billiard's pool under ``TaskPool``. The supervisor decides
 engine and its crew act and tell it what happened.
 
 One task at a time is with a child. A task that a child had not begun when it ended goes
-to another; one that it had begun is lost, unless it was terminated. Waiting tasks are in
-one queue, idle children in a stack, so that nothing a task costs depends on how many
-children there are.
+to another; one that it had begun is lost, unless it was terminated, or was ended for want of memory
+and may be run again. Waiting tasks are in one queue, idle children in a stack, so that nothing a
+task costs depends on how many children there are.
 
 All of it runs in one thread: the one of Celery's event loop or, on brokers without one,
 the one of ``loop.LoopThread``. Public methods may be called from any thread.
@@ -14,6 +14,7 @@ the one of ``loop.LoopThread``. Public methods may be called from any thread.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -25,17 +26,24 @@ from typing import TYPE_CHECKING, Any, cast
 from celery.utils.log import get_logger
 from kombu.asynchronous import Hub
 
-from memsafe_pool import supervisor, upstream, wire
+from memsafe_pool import recycle, supervisor, upstream, wire
 from memsafe_pool.crew import Crew
-from memsafe_pool.fleet import Child, State
+from memsafe_pool.errors import MemoryLimitExceeded
+from memsafe_pool.fleet import Child, Fleet, State
 from memsafe_pool.job import Job, lost
-from memsafe_pool.ledger import Ledger
+from memsafe_pool.ledger import Account, Ledger
 from memsafe_pool.loop import LoopThread, Mailbox, run_until
-from memsafe_pool.probe import Probe
+from memsafe_pool.prefetch import Prefetch
+from memsafe_pool.reservations import LITTLE_BYTES, after_loss
+from memsafe_pool.settings import mib
+from memsafe_pool.steward import Steward
 from memsafe_pool.time_limits import TimeLimits
 
 if TYPE_CHECKING:
+    from memsafe_pool.recycle import Rules
+    from memsafe_pool.room import Look
     from memsafe_pool.start import Origin, Owner, StartMethod
+    from memsafe_pool.steward import MemoryTerms
 
 __all__ = ["Engine"]
 
@@ -46,6 +54,9 @@ TICK_SECONDS = 1.0
 
 #: Seconds after SIGTERM until SIGKILL for a child whose hard time limit has passed, as in billiard.
 HARD_LIMIT_SECONDS = 0.1
+
+#: Seconds between looks at memory while a task waits for it.
+RETRY_SECONDS = 0.1
 
 #: A job that was with so many children that ended before they began it counts as lost.
 MAX_TRIES = 3
@@ -62,7 +73,9 @@ class Engine:
         semaphore: Released once for each job that has ended, or None.
         limits: Soft and hard time limit of jobs that have none of their own (seconds).
         start_timeout: Seconds a child may take until it is ready.
-        rules: Further arguments of :class:`supervisor.Supervisor`.
+        memory: What is done about memory.
+        rules: When a child is replaced.
+        others: Further arguments of :class:`supervisor.Supervisor`.
     """
 
     def __init__(
@@ -75,25 +88,59 @@ class Engine:
         semaphore: Any = None,
         limits: tuple[float | None, float | None] = (None, None),
         start_timeout: float = 60.0,
-        **rules: Any,
+        memory: MemoryTerms,
+        rules: Rules,
+        **others: Any,
     ) -> None:
         self.limits = limits
         self.jobs: dict[int, Job] = {}
         self.waiting: deque[Job] = deque()
-        self.retired = self.tasks = 0
+        self.retired = self.tasks = self.pauses = self.kills = self.redelivered = 0
         self.state: int = upstream.RUN
         self._semaphore = semaphore
         self._mailbox = Mailbox()
         self._loop = LoopThread(self._on_crash) if threaded else None
         self._tick_entry: Any = None
+        self._retry_entry: Any = None
         self._closed = threading.Event()
         self._time_limits = TimeLimits(lambda job, soft: self._mailbox.post(self._on_limit, job, soft))
-        self.crew = Crew(origin, make_start_method, self, self._mailbox, start_timeout=start_timeout)
-        self.fleet = self.crew.fleet
+        self._auto_growth = rules.max_growth_bytes is None
+        terms = origin.terms
+        self._trim_bytes: float = max(terms.trim_bytes, 1) if terms.trim_idle is not None else math.inf
+        self.fleet = Fleet()
+        self.steward = Steward(
+            memory,
+            origin.app,
+            self.fleet,
+            self.waiting,
+            starting_bytes=lambda forked: self.ledger.coming_bytes(self.room.child_bytes, forked=forked),
+            on_pause=lambda *change: self._mailbox.post(self._on_pause, *change),
+            on_stuck=lambda look: self._mailbox.post(self._on_stuck, look),
+            on_limit=lambda *passed: self._mailbox.post(self._on_memory_limit, *passed),
+        )
+        self.room, self.sizes = self.steward.room, self.steward.sizes
+        self.watch = self.steward.watch
+        self.crew = Crew(
+            origin,
+            make_start_method,
+            self,
+            self._mailbox,
+            fleet=self.fleet,
+            watch=self.watch,
+            start_timeout=start_timeout,
+        )
         self.ledger = Ledger(self.fleet)
-        self._probe = Probe(on_warning=lambda text: logger.warning("%s", text))
-        self.reading = self._probe.read()
-        self.supervisor = supervisor.Supervisor(self.fleet, bound=bound, **rules)
+        self._first_runs = recycle.FirstRuns()
+        self._victim: Child | None = None
+        self._victim_left = float("-inf")
+        self.supervisor = supervisor.Supervisor(
+            self.fleet, self.waiting, self.room, bound=bound, cores=memory.cores, rules=rules, **others
+        )
+        self.prefetch = Prefetch(self.waiting, self._drop)
+        self._events: deque[supervisor.Event] = deque()
+        self._actions: deque[supervisor.Action] = deque()
+        self._deciding = False
+        self._share_budget()
 
     # -- life
 
@@ -122,7 +169,10 @@ class Engine:
         # Through the mailbox: while the pool is joined, Celery fires its timers from another thread.
         self._tick_entry = hub.call_repeatedly(TICK_SECONDS, self._mailbox.post, self._tick)
         self._time_limits.attach(hub, self.jobs.values())
-        self._decide(supervisor.Tick(len(self.waiting)))
+        self.watch.start()
+        self._retry_entry = None
+        self.steward.announce(self._account().total, self.supervisor.bound)
+        self._decide(supervisor.Tick())
         self._check_closed()
 
     def close(self) -> None:
@@ -153,6 +203,8 @@ class Engine:
         self._mailbox.close()
 
     def _close(self, state: int) -> None:
+        if self._mailbox.failed:
+            state = upstream.TERMINATE  # nobody may be left to take note of what a child has done
         if self._closed.is_set() or state <= self.state:
             return
         self.state = state
@@ -170,6 +222,7 @@ class Engine:
             return
         if self._tick_entry is not None:
             self._tick_entry.cancel()
+        self.steward.close()
         if self._loop is not None:
             self._loop.stop()
         self._closed.set()
@@ -216,43 +269,53 @@ class Engine:
 
     def _submit(self, job: Job) -> None:
         self.jobs[job.id] = job
-        if self.fleet.idle:
-            self._give(self.fleet.idle.pop(), job)
+        self.sizes.size_up(job)
+        job.since = time.monotonic()
+        if not self.waiting and not self._deciding and self.fleet.idle and self._admit(job):
+            self._begin(self.fleet.idle.pop(), job)
         else:
             self.waiting.append(job)
-            self._decide(supervisor.Waiting(len(self.waiting)))
+            self._decide(supervisor.Waiting())
+
+    def _admit(self, job: Job) -> bool:
+        """Whether a job that nobody waits before may begin at once; False means that it has to be decided."""
+        if self.steward.shared and job.estimate.reserved > LITTLE_BYTES:
+            return False  # what is free has to be looked at, and to be spent by one worker at a time
+        return self.supervisor.admit(job, time.monotonic())
 
     def _give_again(self, job: Job) -> None:
         """Find another child for a job, before all others."""
         self.waiting.appendleft(job)
-        if self.fleet.idle:
-            self._give(self.fleet.idle.pop(), None)
-        else:
-            self._decide(supervisor.Waiting(len(self.waiting)))
+        self._decide(supervisor.Waiting())
 
-    def _give(self, child: Child, job: Job | None) -> None:
-        """Give a child this job, else the next that waits, else let it be idle.
-
-        The child is not in the stack of idle ones, and has no job.
-        """
-        while job is not None or self.waiting:
-            job = job or self.waiting.popleft()
-            data = self._prepare(job)
-            if data is not None:
-                child.state, child.job, job.child = State.BUSY, job, child
-                self.tasks += 1
-                if not child.link.send(data):
-                    child.job = job.child = None
-                    self.fleet.move(child, State.LEAVING)
-                    self._give_again(job)
+    def _begin(self, child: Child, job: Job) -> None:
+        """Give an admitted job to a child that has none, and is not in the stack of idle ones."""
+        child.state = State.BUSY
+        data = self._prepare(job, child)
+        if data is None:
+            self.supervisor.ended(job)
+            if self.state != upstream.RUN:
+                self.crew.let_go(child)
                 return
-            job = None
-        child.state = State.IDLE
-        child.idle_since = time.monotonic()
-        self.fleet.idle.append(child)
+            self._rest(child)
+            self._decide(supervisor.Waiting())
+            return
+        child.job, job.child = job, child
+        self.tasks += 1
+        self.watch.begin(child, job)
+        if not child.link.send(data):
+            child.job = job.child = None
+            self._released(child, job)
+            self.fleet.move(child, State.LEAVING)
+            self._give_again(job)
 
-    def _prepare(self, job: Job) -> bytes | None:
-        """Return the message for a job, or end it if it is not to be run, or can not be."""
+    def _released(self, child: Child, job: Job) -> None:
+        """Take back what was set aside for a job that a child has no more."""
+        self.watch.end(child)
+        self.supervisor.ended(job)
+
+    def _prepare(self, job: Job, child: Child) -> bytes | None:
+        """Return the message to a child for a job, or end it if it is not to be run, or can not be."""
         if job.done:
             return None
         if job.terminated is not None or upstream.is_revoked(job.correlation_id):
@@ -265,21 +328,25 @@ class Engine:
             self._accept(job, os.getpid(), time.monotonic())
             self._finish(job, False, upstream.failed(upstream.MaybeEncodingError(exc, job.args)))
             return None
-        return wire.head(wire.TASK, len(body), job.id, self.ledger.peaks.is_little(job.name)) + body
+        hints = wire.KNOWN if self.ledger.peaks.is_known(job.name) else 0
+        if child.report.trimmable >= self._trim_bytes and self.supervisor.pressed:
+            hints |= wire.TRIM
+        message = wire.head(wire.TASK, len(body), job.id, hints) + body
+        if job.hard_limit is not None:
+            return wire.head(wire.LIMIT, 0, 0, float(job.hard_limit)) + message
+        return message
 
     def _accept(self, job: Job, pid: int, at: float) -> None:
         job.accept(pid, at)
         self._time_limits.watch(job)
 
-    def _finish(self, job: Job, succeeded: bool, value: Any) -> None:
+    def _finish(self, job: Job, succeeded: bool, value: Any, *, final: bool = False) -> None:
         if job.done:
             return
-        self._forget(job)
         # First the next task, which the semaphore may hand over here and now, then the
         # bookkeeping of this one.
-        if self._semaphore is not None:
-            self._semaphore.release()
-        job.finish(succeeded, value)
+        self._give_up(job)
+        job.finish(succeeded, value, final=final)
 
     def _forget(self, job: Job) -> None:
         job.done = True
@@ -291,9 +358,25 @@ class Engine:
         while self.waiting:
             self._forget(self.waiting.popleft())
 
+    def _drop(self, job: Job) -> None:
+        """Forget a job that waits, and goes back to the broker."""
+        self.waiting.remove(job)
+        self._give_up(job)
+
+    def _give_up(self, job: Job) -> None:
+        """Forget a job, and let the next one have its slot."""
+        self._forget(job)
+        if self._semaphore is not None:
+            self._semaphore.release()
+
     def flush(self) -> None:
         """Drop what no child has, because the connection to the broker was lost."""
-        self._mailbox.post(self._discard_waiting)
+        self._mailbox.post(self._flush)
+
+    def _flush(self) -> None:
+        self._discard_waiting()
+        for job in self.jobs.values():
+            job.delivered_again = job.redeliverable
 
     def terminate_job(self, pid: int, signum: int | None = None) -> None:
         """Send a signal to the child ``pid`` to end its task; the task counts as terminated."""
@@ -303,6 +386,9 @@ class Engine:
         child = self.fleet.by_pid.get(pid)
         if child is not None and child.job is not None and child.signal(signum):
             child.job_terminated = child.expected = True
+            self.watch.let_go_on(child)  # a paused process does not act on signals
+            child.job.resume(time.monotonic())
+            self._time_limits.watch(child.job)
 
     def _on_limit(self, job: Job, soft: bool) -> None:
         child = job.child
@@ -335,27 +421,46 @@ class Engine:
                 self._accept(job, child.pid, value)
         elif kind == wire.DONE:
             if job is not None and job.id == number:
-                self._on_done(child, job, payload)
+                self._on_done(child, job, payload, repeated=bool(value))
         elif kind == wire.UP:
             self.crew.started(child, number)
-            child.report = wire.Report.unpack(payload)
-            child.first_private_bytes = child.report.private
-            if child.state is State.STARTING:
-                self._decide(supervisor.Up())
-                self.fleet.starting_children.discard(child)
-                self._next(child)
+            self._on_up(child, wire.Report.unpack(payload))
         elif kind == wire.TRIMMED:
             self.ledger.trimmed(child, wire.Report.unpack(payload), int(value))
-            logger.debug("%s gave back %s", child, _mib(value))
+            logger.debug("%s gave back %s", child, mib(value))
         elif kind == wire.FAILED:
             child.failure = bytes(payload).decode(errors="replace")
 
-    def _on_done(self, child: Child, job: Job, payload: memoryview) -> None:
+    def _on_up(self, child: Child, report: wire.Report) -> None:
+        child.report = report
+        child.first_private_bytes = report.private
+        self.steward.learn_start(report.private)
+        if child.state is not State.STARTING:
+            return
+        self.fleet.starting_children.discard(child)
+        if self.state == upstream.RUN and not child.outdated:
+            self._rest(child)
+            self._decide(supervisor.Up())
+        else:
+            self.crew.let_go(child)
+
+    def _on_done(self, child: Child, job: Job, payload: memoryview, *, repeated: bool) -> None:
         child.job = None
         child.tasks += 1
-        self.ledger.ended(child, job.name, wire.Report.unpack(payload))
+        report, body = child.report, payload
+        if not repeated:
+            report, body = wire.Report.unpack(payload), payload[wire.REPORT.size :]
+        # What it keeps is gone, although nobody has looked since.
+        self.room.headroom -= max(report.private - child.report.private, 0)
+        kept = child.report.kept
+        self.ledger.ended(child, job.name, report)
+        self._first_runs.note(child, job.name, report.kept - kept)
+        self.sizes.learn(job, report.peak, report.hidden)
+        if child.tasks == 1:  # by now it has what every child needs beside its tasks
+            self.steward.learn_child(report.private)
+        self._released(child, job)
         try:
-            succeeded, value = wire.loads(payload[wire.REPORT.size :])
+            succeeded, value = wire.loads(body)
         except Exception as exc:  # noqa: BLE001 - unpickling runs foreign code
             succeeded, value = upstream.undecodable(job.function, exc)
         if child.state is State.BUSY:
@@ -367,21 +472,42 @@ class Engine:
 
     def _next(self, child: Child) -> None:
         """Let a child without a job have one, be idle, or go."""
-        if self.state != upstream.RUN or child.generation != self.crew.generation:
+        if self.state != upstream.RUN:
             self.crew.let_go(child)
             return
-        if self.supervisor.watches_tasks:
+        if (
+            self.supervisor.watches_tasks
+            or child.outdated
+            or child.growth_bytes > recycle.LEAST_PRESSED_BYTES
+        ):
             self._decide(supervisor.Done(child))
             if child.state is State.LEAVING:
                 return
-        self._give(child, None)
+        self.steward.resize_waiting()
+        # What is decided already may be the same: then it is not to be admitted again.
+        if self.waiting and not self._deciding and self._admit(self.waiting[0]):
+            self._begin(child, self.waiting.popleft())
+            return
+        self._rest(child)
+        if self.waiting:
+            self._decide(supervisor.Waiting())
+
+    def _rest(self, child: Child) -> None:
+        child.state = State.IDLE
+        child.idle_since = time.monotonic()
+        self.fleet.idle.append(child)
 
     def on_gone(self, child: Child, exitcode: int | None, *, failed: bool) -> None:
         """Act on a child's end."""
+        if child is self._victim:
+            self._victim, self._victim_left = None, time.monotonic()
         job, child.job = child.job, None
         if job is not None:
+            self.supervisor.ended(job)
             self._on_job_left(child, job, exitcode)
-        self._decide(supervisor.Gone(failed, child.born, len(self.waiting)))
+        # Memory was out, which says nothing of the app: it is tried again, but not at once.
+        no_memory = failed and exitcode == -signal.SIGKILL and self.steward.killed_by_kernel()
+        self._decide(supervisor.Gone(failed, child.born, child, no_memory=no_memory))
         self._check_closed()
 
     def on_hopeless(self, reason: str) -> None:
@@ -400,6 +526,8 @@ class Engine:
             self._finish(job, False, upstream.failed(upstream.Terminated(-(exitcode or 0))))
         elif self.state == upstream.TERMINATE:
             self._forget(job)
+        elif job.accepted_at is not None and (reason := self._out_of_memory(child, job, exitcode)):
+            self._on_memory_lost(job, reason, exitcode)
         elif job.accepted_at is not None or job.tries >= MAX_TRIES:
             self._finish(job, False, lost(job, exitcode))
         elif self.state == upstream.RUN:
@@ -408,52 +536,220 @@ class Engine:
         else:
             self._forget(job)
 
+    # -- memory
+
+    def _share_budget(self) -> None:
+        """Let a child grow by its share of the budget, if nobody has said by how much it may."""
+        if self._auto_growth:
+            self.supervisor.rules.max_growth_bytes = recycle.default_growth_bytes(
+                self.room.budget, self.supervisor.bound
+            )
+
+    def _account(self) -> Account:
+        """Who has how much, but for the children."""
+        return self.ledger.account(self.forkserver, children=False)
+
+    @property
+    def forkserver(self) -> int | None:
+        """Pid of the forkserver, or None."""
+        return getattr(self.crew.start_method, "pid", None) or None
+
+    def _on_pause(self, child: Child, job: Job, paused: bool, at: float) -> None:
+        """Take note that a job was paused, or goes on."""
+        if job.done or job.child is not child or (paused and at <= job.resumed_at):
+            return  # it was let go on since
+        if paused:
+            self.pauses += 1
+            job.pause(at)
+            logger.info("Paused %s in %s: memory is short", job, child)
+        else:
+            job.resume(at)
+            logger.info("%s goes on in %s", job, child)
+        self._time_limits.watch(job)
+        self._decide(supervisor.Tick())
+
+    def _look(self) -> None:
+        """Look at memory, and decide what follows."""
+        actions = self._actions
+
+        def decide(look: Look) -> None:
+            actions.extend(self.supervisor.handle(supervisor.Looked(look), time.monotonic()))
+
+        def starting() -> int:
+            starts = sum(action.count for action in actions if isinstance(action, supervisor.Start))
+            return self.fleet.starting + starts
+
+        self.steward.look(decide, starting)
+
+    def _on_stuck(self, look: Look) -> None:
+        if self._victim is not None or look.at < self._victim_left:
+            return  # somebody is about to make room, or has made some since
+        # Also when the pool is to end: it would not.
+        for action in self.supervisor.handle(supervisor.Stuck(look), time.monotonic()):
+            match action:
+                case supervisor.Kill(task, reason):
+                    self._end_for_memory(cast("Job", task), reason)
+                case supervisor.Retire(child, reason):
+                    self._retire(cast("Child", child), reason)
+
+    def _on_memory_limit(self, child: Child, job: Job, soft: bool, grown: int) -> None:
+        """Act on it that a job has taken more than its own limit."""
+        if job.done or child.job is not job or child.state is not State.BUSY:
+            return
+        if soft:
+            logger.warning("%s has taken %s, its soft limit is %s", job, mib(grown), mib(job.soft_limit or 0))
+            child.signal(signal.SIGUSR2)
+        else:
+            job.alone = True  # more room would not help
+            self._end_for_memory(job, f"its own limit is {mib(job.hard_limit or 0)} (memsafe_hard_limit)")
+
+    def _end_for_memory(self, job: Job, reason: str) -> None:
+        """End the child that runs a job, as memory is out."""
+        child = job.child
+        if child is None or job.done or child.state is not State.BUSY:
+            return
+        child.memory_error = (
+            f"{job.name} had taken {mib(job.grown)} beyond what its child had, with "
+            f"{mib(job.estimate.reserved)} set aside for it: {reason}. {self.steward.describe()}"
+        )
+        self.kills += 1
+        self._victim = child
+        logger.error("Ending %s in %s: %s", job, child, child.memory_error)
+        self.crew.kill(child, signal.SIGKILL)
+
+    def _out_of_memory(self, child: Child, job: Job, exitcode: int | None) -> str | None:
+        """Return why a child has ended, if that was for want of memory."""
+        if child.memory_error is not None:
+            return child.memory_error
+        if exitcode != -signal.SIGKILL or child.expected:
+            return None
+        if not self.steward.killed_by_kernel():
+            return None  # somebody else has
+        return (
+            f"{job.name} had taken {mib(job.grown)} when looked at last, and the kernel has ended its "
+            f"child, as memory was out. {self.steward.describe()}"
+        )
+
+    def _on_memory_lost(self, job: Job, reason: str, exitcode: int | None) -> None:
+        """Run a job again that was ended for want of memory, with more room, or say that it has failed."""
+        again = not job.alone and job.memory_tries < self.steward.terms.tries and job.redeliverable
+        self.sizes.rise(job, job.grown)  # it would have needed more
+        if job.delivered_again:
+            logger.warning("%s is not run again here, as the broker has delivered it again: %s", job, reason)
+            self._give_up(job)
+            upstream.leave_to_broker(job.request)
+            return
+        if self.state != upstream.RUN and job.redeliverable:
+            self._forget(job)  # the broker delivers it again
+            return
+        if again:
+            job.memory_tries += 1
+            job.estimate = after_loss(job.estimate, job.grown)
+            job.withdraw()
+            self._time_limits.forget(job)
+            too_large = job.estimate.reserved > self.room.budget
+            job.alone = job.memory_tries >= self.steward.terms.tries or too_large
+            job.since = time.monotonic()
+            self.redelivered += 1
+            logger.warning("%s is run again%s: %s", job, " alone" * job.alone, reason)
+            self._give_again(job)
+            return
+        text = f"{reason} Job: {job.id}."
+        if exitcode is not None:
+            text = f"{upstream.human_status(exitcode)}: {text}"
+        self._finish(job, False, upstream.failed(MemoryLimitExceeded(text)), final=True)
+
     # -- decisions
 
     def _decide(self, event: supervisor.Event) -> None:
+        """Tell the supervisor, and do what it says; one event after the other."""
         if self.state != upstream.RUN:
             return  # nobody is started or retired any more: all leave
-        for action in self.supervisor.handle(event, time.monotonic()):
-            match action:
-                case supervisor.Start(count):
-                    self._start(count)
-                case supervisor.Retire(child, reason):
-                    logger.debug("Retiring %s: %s", child, reason)
-                    self.retired += 1
-                    self.crew.let_go(cast("Child", child))
-                case supervisor.StopWorker(reason):
-                    self.on_hopeless(reason)
+        self._events.append(event)
+        if self._deciding:
+            return
+        self._deciding = True
+        try:
+            looked = False
+            while (self._events or self._actions) and self.state == upstream.RUN:
+                # What was decided is done before anything else is: it would be decided again.
+                if self._actions:
+                    self._act(self._actions.popleft())
+                elif self.steward.shared and not looked and isinstance(self._events[0], supervisor.Waiting):
+                    self._look()  # others may have spent what was free
+                    looked = True
+                else:
+                    event = self._events.popleft()
+                    self._actions.extend(self.supervisor.handle(event, time.monotonic()))
+                    looked = False
+        finally:
+            self._deciding = False
+        self.prefetch.follow(blocked=self.supervisor.short)
+        if self.supervisor.blocked is not None and self._retry_entry is None:
+            # Others' memory may come back without a word to us.
+            self._retry_entry = self.crew.hub.call_later(RETRY_SECONDS, self._mailbox.post, self._retry)
+
+    def _retry(self) -> None:
+        self._retry_entry = None
+        self._decide(supervisor.Waiting())
+
+    def _act(self, action: supervisor.Action) -> None:
+        match action:
+            case supervisor.Give(task):
+                self._give(cast("Job", task))
+            case supervisor.Start(count):
+                self._start(count)
+            case supervisor.Measure():
+                self._look()
+            case supervisor.Retire(child, reason):
+                self._retire(cast("Child", child), reason)
+            case supervisor.Kill(task, reason):
+                self._end_for_memory(cast("Job", task), reason)
+            case supervisor.StopWorker(reason):
+                self.on_hopeless(reason)
+
+    def _give(self, job: Job) -> None:
+        """Give a waiting job, which is admitted, to an idle child; things may have changed meanwhile."""
+        if job not in self.waiting or not self.fleet.idle:
+            self.supervisor.ended(job)
+            return
+        self.waiting.remove(job)
+        self._begin(self.fleet.idle.pop(), job)
+
+    def _retire(self, child: Child, reason: str) -> None:
+        if child.job is None and child.state in {State.IDLE, State.BUSY}:
+            logger.debug("Retiring %s: %s", child, reason)
+            self.retired += 1
+            self.crew.let_go(child)
+        elif child.state is State.STARTING and child.pid:
+            logger.info("%s is given up: %s", child, reason)
+            self.retired += 1
+            self.crew.kill(child, signal.SIGKILL)  # it does not listen yet
 
     def _start(self, count: int) -> None:
         for _ in range(count):
             if not self.crew.start(sender=self):
                 now = time.monotonic()
-                self._decide(supervisor.Gone(failed=True, born=now, waiting=len(self.waiting)))
+                self._decide(supervisor.Gone(failed=True, born=now))
                 return
 
     def _tick(self) -> None:
         now = time.monotonic()
         self.crew.tick(now)
-        self._look_at_memory()
-        self._decide(supervisor.Tick(len(self.waiting)))
+        if self.steward.tick(self.ledger, self.forkserver):
+            self._share_budget()
+        self._decide(supervisor.Tick())
         self._check_closed()
-
-    def _look_at_memory(self) -> None:
-        """Follow the memory limit, which may be changed while the worker runs."""
-        before, self.reading = self.reading, self._probe.read()
-        if self.reading.lowest_limit_bytes != before.lowest_limit_bytes:
-            logger.warning(
-                "The memory limit is now %s (%s), after %s (%s).",
-                _mib(self.reading.lowest_limit_bytes),
-                self.reading.lowest_limit_source,
-                _mib(before.lowest_limit_bytes),
-                before.lowest_limit_source,
-            )
+        self._mailbox.failed = False  # all goes on as it should
 
     def restart(self) -> None:
         """Replace all children, running tasks first, and what they are forked from."""
+        self._mailbox.post(self._restart)
+
+    def _restart(self) -> None:
         if self.state == upstream.RUN:
-            self._mailbox.post(self.crew.renew)
+            self.crew.renew()
+            self._decide(supervisor.Outdated())
 
     def grow(self, count: int = 1) -> None:
         """Raise the upper bound of the number of children."""
@@ -471,7 +767,8 @@ class Engine:
                     self._semaphore.grow()
                 else:
                     self._semaphore.shrink()
-        self._decide(supervisor.Resized(bound, len(self.waiting)))
+        self._decide(supervisor.Resized(bound))
+        self._share_budget()
 
     @property
     def interrupted(self) -> bool:
@@ -482,7 +779,3 @@ class Engine:
     def _state(self) -> int:
         """The state under the name that ``TaskPool.on_stop`` reads."""
         return self.state
-
-
-def _mib(size: float) -> str:
-    return f"{size / (1 << 20):.0f} MiB"

@@ -42,12 +42,16 @@ class Child:
         tasks: Tasks it has ended.
         report: What it last said of its memory; all 0 before it was ready.
         first_private_bytes: Its private memory when it was ready.
+        loaded_bytes, ran: See ``recycle.FirstRuns``.
         most_bytes: The most that was ever resident in it while it ran a task.
         trims: How often it has given memory back; ``trimmed_bytes``: how much that was.
         generation: Children of an older generation than the engine's are to be replaced.
         start_method: How it was started.
         expected: Whether its end is no news: it was told or made to end.
+        outdated: Whether the pool was restarted since it was started.
+        memory_error: Why it was ended, if that was for want of memory.
         failure: Why it could not start, where that is known.
+        kill_at: When it is killed if it has not ended (monotonic seconds), or None.
     """
 
     __slots__ = (
@@ -60,10 +64,15 @@ class Child:
         "index",
         "job",
         "job_terminated",
+        "kill_at",
         "link",
+        "loaded_bytes",
+        "memory_error",
         "most_bytes",
         "name",
+        "outdated",
         "pid",
+        "ran",
         "report",
         "sentinel",
         "start_method",
@@ -90,19 +99,33 @@ class Child:
         self.sentinel = -1
         self.report = Report()
         self.tasks = self.first_private_bytes = self.most_bytes = self.trims = self.trimmed_bytes = 0
+        self.loaded_bytes = 0
+        self.ran: dict[str, int] = {}
         self.idle_since = 0.0
         self.job: Job | None = None
         self.job_terminated = self.expected = False
+        self.outdated = False
         self.failure: str | None = None
+        self.memory_error: str | None = None
+        self.kill_at: float | None = None
 
     @property
     def private_bytes(self) -> int:
         """Its private memory, by its last report."""
         return self.report.private
 
+    @property
+    def growth_bytes(self) -> int:
+        """What it has grown by since it was ready and can not give back, by its last report.
+
+        Without what every child has to load.
+        """
+        grown = self.report.private - self.first_private_bytes
+        return self.report.kept - self.first_private_bytes - min(self.loaded_bytes, max(grown, 0))
+
     def signal(self, signum: int) -> bool:
         """Send a signal; return whether there was somebody to get it."""
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or another user by now
             if self.pid:
                 os.kill(self.pid, signum)
                 return True

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from celery.utils.imports import import_from_cwd
 
-from memsafe_pool import arenas, child, native, upstream
+from memsafe_pool import arenas, child, heap, native, upstream
 
 __all__ = [
     "FAILED",
@@ -153,6 +153,7 @@ def serve(
     with contextlib.suppress(OSError):  # not with this C library
         # So that free heap which a child takes into use is new to it, and no page to copy.
         native.release_heap()
+    heap.look()  # children know from it what can be free in theirs
     threads = settled_thread_count()
     if threads > 1:
         _send(sock, REFUSED, _describe_threads(threads, blame))

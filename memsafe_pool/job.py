@@ -6,6 +6,7 @@ calls :meth:`Job.terminate`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from celery.utils.log import get_logger
 
 from memsafe_pool import upstream
+from memsafe_pool.reservations import UNKNOWN
 
 if TYPE_CHECKING:
     from memsafe_pool.fleet import Child
@@ -37,21 +39,45 @@ class Job:
         limits: Soft and hard time limit in seconds after ``accepted_at``; None for none.
         timer: The entry of the event loop's timer that watches the next limit.
         tries: How often it was given to a child that ended before it began.
+        name: Name of the task.
+        label: What it is like, among tasks of that name; see ``sizes``.
+        estimate: What it is thought to need.
+        since: When it began to wait (monotonic seconds).
+        memory_tries: How often its child was ended for want of memory.
+        alone: Whether it is to run with no other beside it.
+        delivered_again: Whether the broker delivers it again by itself: the connection it came on is gone.
+        paused_at: When it was paused (monotonic seconds), or None.
+        resumed_at: When it went on last, or 0.
+        grown: Bytes it has taken since it began, when it was looked at last.
+        soft_limit, hard_limit: Bytes it may take before it is told, and at all; None for no limit.
     """
 
     __slots__ = (
         "__weakref__",
         "_callbacks",
+        "_paused_seconds",
         "_propagate",
         "accepted_at",
+        "alone",
         "args",
         "child",
         "correlation_id",
+        "delivered_again",
         "done",
+        "estimate",
         "function",
+        "grown",
+        "hard_limit",
         "id",
         "kwargs",
+        "label",
         "limits",
+        "memory_tries",
+        "name",
+        "paused_at",
+        "resumed_at",
+        "since",
+        "soft_limit",
         "soft_limit_passed",
         "terminated",
         "timer",
@@ -74,6 +100,18 @@ class Job:
     ) -> None:
         self.id = next(_numbers)
         self.function, self.args, self.kwargs = function, args, kwargs
+        self.name = upstream.task_name(function, args)
+        self.label: str | None = None
+        self.estimate = UNKNOWN
+        self.since = 0.0
+        self.grown = 0
+        self.soft_limit: int | None = None
+        self.hard_limit: int | None = None
+        self.memory_tries = 0
+        self.alone = self.delivered_again = False
+        self.paused_at: float | None = None
+        self.resumed_at = 0.0
+        self._paused_seconds = 0.0
         self._callbacks = on_success, on_error, on_accept, on_timeout
         self._propagate = propagate
         self.limits = limits
@@ -90,9 +128,14 @@ class Job:
         return f"<Job {self.id} {self.correlation_id or self.function!r}>"
 
     @property
-    def name(self) -> str:
-        """Name of the task."""
-        return upstream.task_name(self.function, self.args)
+    def request(self) -> Any:
+        """The request of Celery's that it runs, or None."""
+        return upstream.request_of(self._callbacks[1])
+
+    @property
+    def redeliverable(self) -> bool:
+        """Whether the task may be run again after it was ended in the middle: it is acknowledged late."""
+        return bool(self.request is not None and self.request.task.acks_late)
 
     def ready(self) -> bool:
         """Whether the job has ended."""
@@ -107,10 +150,30 @@ class Job:
         self.accepted_at = at
         self._call(self._callbacks[2], pid, at)
 
-    def finish(self, succeeded: bool, value: Any) -> None:
-        """Say how it ended."""
+    def finish(self, succeeded: bool, value: Any, *, final: bool = False) -> None:
+        """Say how it ended; ``final``: it is not to be run again, whatever is done with lost tasks."""
         on_success, on_error, _, _ = self._callbacks
-        self._call(on_success if succeeded else on_error, value)
+        with upstream.no_requeue(self.request) if final else contextlib.nullcontext():
+            self._call(on_success if succeeded else on_error, value)
+
+    def pause(self, at: float) -> None:
+        """Stop the clock of its time limits, ``at`` monotonic seconds."""
+        self.paused_at = at
+
+    def resume(self, at: float) -> None:
+        """Let the clock of its time limits go on."""
+        self.resumed_at = max(self.resumed_at, at)
+        if self.paused_at is not None:
+            self._paused_seconds += at - self.paused_at
+            self.paused_at = None
+
+    def withdraw(self) -> None:
+        """Make it a job that has not begun, to be run again."""
+        upstream.withdraw(self.request)
+        self.child = self.accepted_at = self.paused_at = None
+        self._paused_seconds = 0.0
+        self.grown = 0
+        self.soft_limit_passed = False
 
     def time_out(self, *, soft: bool) -> None:
         """Say that a time limit has passed."""
@@ -118,13 +181,17 @@ class Job:
         self._call(self._callbacks[3], soft=soft, timeout=soft_limit if soft else hard_limit)
 
     def next_limit(self) -> tuple[float, bool] | None:
-        """Return when the next limit passes (monotonic seconds) and whether it is the soft one."""
-        if self.accepted_at is None:
+        """Return when the next limit passes (monotonic seconds) and whether it is the soft one.
+
+        None while it is paused: that time does not count.
+        """
+        if self.accepted_at is None or self.paused_at is not None:
             return None
+        began = self.accepted_at + self._paused_seconds
         soft, hard = self.limits
         if soft and not self.soft_limit_passed and not (hard and hard < soft):
-            return self.accepted_at + soft, True
-        return (self.accepted_at + hard, False) if hard else None
+            return began + soft, True
+        return (began + hard, False) if hard else None
 
     def _call(self, callback: Callback, *args: Any, **kwargs: Any) -> None:
         if callback is None:

@@ -67,7 +67,7 @@ class Ledger:
 
     def trimmed(self, child: Child, report: Report, won: int) -> None:
         """Enter what a child has given back; what its last task needed stays known."""
-        child.report = report._replace(peak=child.report.peak, exact=child.report.exact)
+        child.report = report._replace(peak=child.report.peak, hidden=child.report.hidden)
         child.trims += 1
         child.trimmed_bytes += won
         self.trims += 1
@@ -88,11 +88,30 @@ class Ledger:
                 return memory.private_bytes(child.pid)
         return child.report.private
 
-    def account(self, forkserver: int | None) -> Account:
+    def coming_bytes(self, child_bytes: int, *, forked: bool = True) -> int:
+        """Return what starting children are still going to take; may be called in any thread.
+
+        Arguments:
+            child_bytes: What a child has when it is ready.
+            forked: Whether those that are forked count, of which it is not known what they have taken.
+        """
+        coming = 0
+        for child in list(self._fleet.starting_children):
+            if child.start_method != "spawn" and not forked:
+                continue
+            coming += child_bytes
+            # One that is forked has taken what it needs within milliseconds.
+            if child.pid and child.start_method == "spawn":
+                with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
+                    coming -= min(memory.anonymous_bytes(child.pid), child_bytes)
+        return coming
+
+    def account(self, forkserver: int | None, *, children: bool = True) -> Account:
         """Return who has how much now.
 
         Arguments:
             forkserver: Pid of the forkserver, or None.
+            children: Whether to look at them; else they count as 0.
         """
         shared = 0
         if forkserver:
@@ -101,7 +120,7 @@ class Ledger:
         return Account(
             worker=_own_bytes(alone=bool(shared)),
             forkserver=shared,
-            children=sum(map(self.private_bytes, list(self._fleet.children))),
+            children=sum(map(self.private_bytes, list(self._fleet.children))) if children else 0,
         )
 
     def table(self) -> list[dict[str, Any]]:
@@ -132,6 +151,8 @@ class Ledger:
         }
         if job is not None:
             row |= {"task": job.name, "task_id": job.correlation_id}
+            if job.paused_at is not None:
+                row["state"] = "paused"
             if job.accepted_at is not None:
                 row["running"] = round(now - job.accepted_at, 3)
         return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections import deque
@@ -92,6 +93,15 @@ class Link:
             return None
         finally:
             self._reading = False
+
+    def read_rest(self) -> list[Message]:
+        """Read all that has arrived, from a child that has ended."""
+        messages: list[Message] = []
+        if not self._reading:
+            with contextlib.suppress(OSError):  # nothing more for now, or closed
+                while data := self._sock.recv(_LARGE_READ_BYTES):
+                    messages += self._reader.feed(data)
+        return messages
 
     def stop_reading(self) -> None:
         """Wait for nothing more: the other end is closed."""

@@ -30,9 +30,13 @@ class Mailbox:
     ``post`` may be called by any thread. The calls are made in order, in the thread
     that called ``own`` last; a post by that thread itself is made at once. The engine's
     callbacks go through it as well, so that it knows whether one of them is under way.
+
+    Attributes:
+        failed: Whether one of the calls has raised an exception; the engine takes that back.
     """
 
     def __init__(self) -> None:
+        self.failed = False
         self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
@@ -59,6 +63,9 @@ class Mailbox:
             self._calling += 1
             try:
                 function(*args)
+            except Exception:
+                self.failed = True
+                raise
             finally:
                 self._calling -= 1
             return

@@ -51,6 +51,9 @@ __all__ = [
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
+#: More than ``/proc/<pid>/statm`` has.
+STATM_BYTES = 256
+
 Pid = int | str
 
 
@@ -118,17 +121,21 @@ def process(pid: Pid = "self") -> ProcessMemory:
     return ProcessMemory(resident_bytes(pid), anonymous_bytes(pid), private_bytes(pid), _peak_bytes(pid))
 
 
-def trim() -> int:
+def trim(*, collect: bool = True) -> int:
     """Collect garbage and give free heap back to the kernel; return the bytes that were won.
 
     It takes as long as a full collection and about 0.1 ms per MB given back. With a C library that
     can not release memory (musl) the collection is all there is.
 
+    Arguments:
+        collect: Whether to collect garbage first.
+
     Raises:
         OSError: The memory of this process can not be read.
     """
     before = native.own_memory().anonymous
-    gc.collect()
+    if collect:
+        gc.collect()
     try:
         native.release_heap()
     except OSError:
@@ -198,9 +205,17 @@ def _peak_bytes(pid: Pid) -> int:
 
 
 def _statm(pid: Pid) -> tuple[int, int]:
-    """Resident bytes, and those of files and shared memory in it."""
     with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
-        fields = file.read(256).split()
+        return parse_statm(file.read(STATM_BYTES))
+
+
+def parse_statm(text: bytes) -> tuple[int, int]:
+    """Return resident bytes by a process's ``statm``, and those of files and shared memory in it.
+
+    Raises:
+        IndexError, ValueError: It is something else, or empty, as for a process that has just ended.
+    """
+    fields = text.split()
     return int(fields[1]) * _PAGE_BYTES, int(fields[2]) * _PAGE_BYTES
 
 

@@ -21,8 +21,8 @@ KEPT_PEAKS = 200
 #: Task names kept; the one that ran least recently goes first.
 KEPT_NAMES = 1000
 
-#: A task needs little when each of so many peaks in a row was not above this many bytes.
-LITTLE_RUNS, LITTLE_BYTES = 4, 1 << 20
+#: What a task needs is known when so many peaks in a row differ by no more than this share and these bytes.
+KNOWN_RUNS, KNOWN_SHARE, KNOWN_BYTES = 4, 0.05, 1 << 20
 
 
 class Summary(TypedDict):
@@ -37,10 +37,12 @@ class Summary(TypedDict):
 
 
 class _Record:
-    __slots__ = ("bounds", "count", "exact", "last", "little", "most", "peaks")
+    __slots__ = ("alike", "bounds", "count", "exact", "last", "level", "little", "most", "peaks")
 
     def __init__(self) -> None:
-        self.count = self.exact = self.last = self.little = self.most = 0
+        self.count = self.exact = self.last = self.most = 0
+        # Peaks in a row that were as small as can be, and exact ones that were like one another.
+        self.little = self.alike = self.level = 0
         self.peaks: deque[int] = deque(maxlen=KEPT_PEAKS)
         self.bounds: deque[int] = deque(maxlen=KEPT_PEAKS)
 
@@ -64,14 +66,20 @@ class Peaks:
         record.exact += exact
         record.last = peak
         # Also by lower bounds: what a child could look at it has looked at, until it is told not to.
-        record.little = 0 if peak > LITTLE_BYTES else record.little + 1
+        record.little = 0 if peak > KNOWN_BYTES else record.little + 1
+        near = abs(peak - record.level) <= KNOWN_BYTES + KNOWN_SHARE * record.level
+        if exact:
+            record.alike = record.alike + 1 if near else 1
+            record.level = peak
+        elif peak > record.level and not near:
+            record.alike = 0
         record.most = max(record.most, peak)
         (record.peaks if exact else record.bounds).append(peak)
 
-    def is_little(self, name: str) -> bool:
-        """Whether tasks of this name are known to need little: so many in a row did."""
+    def is_known(self, name: str) -> bool:
+        """Whether it is known what tasks of this name need: so many in a row needed little, or the same."""
         record = self._records.get(name)
-        return record is not None and record.little >= LITTLE_RUNS
+        return record is not None and max(record.little, record.alike) >= KNOWN_RUNS
 
     def summaries(self) -> dict[str, Summary]:
         """Return each task's peaks in numbers. Percentiles are by the nearest-rank method."""

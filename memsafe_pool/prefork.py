@@ -18,9 +18,11 @@ from celery.utils.imports import cwd_in_path
 from celery.utils.log import get_logger
 from click import ClickException, get_current_context
 
-from memsafe_pool import child, forkserver, fresh, native, settings, start, upstream
+from memsafe_pool import child, forkserver, fresh, native, prefetch, settings, start, upstream
 from memsafe_pool.engine import Engine
+from memsafe_pool.recycle import Rules
 from memsafe_pool.start_forkserver import Forkserver
+from memsafe_pool.steward import MemoryTerms
 
 __all__ = ["Pool", "PoolConfigurationError"]
 
@@ -54,6 +56,8 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
         except settings.SettingError as exc:
             raise PoolConfigurationError(str(exc)) from None
         self._pool: Engine | None = None
+        self.prefetch: prefetch.Prefetch | None = None
+        prefetch.install(self.app)  # before the consumer is made
 
     def _check(self, chosen: settings.Settings) -> str:
         """Refuse what is wrong only here and now; return the start method to use."""
@@ -114,6 +118,7 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
             child_env=self.settings.child_env,
             descriptors=descriptors,
         )
+        chosen = self.settings
         pool = self._pool = Engine(
             origin,
             _METHODS[self._method],
@@ -121,12 +126,26 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
             threaded=options.get("threads", True),
             semaphore=options.get("semaphore"),
             limits=(options.get("soft_timeout"), options.get("timeout")),
-            start_timeout=self.settings.start_timeout,
-            min_children=self.settings.min_children,
-            idle_timeout=self.settings.idle_timeout,
-            max_tasks=options.get("maxtasksperchild"),
-            max_private_bytes=memory_kib * 1024 or None,
+            start_timeout=chosen.start_timeout,
+            memory=MemoryTerms(
+                budget=chosen.memory_budget,
+                pause=chosen.pause,
+                tries=chosen.memory_tries,
+                state=chosen.state,
+                cores=_cores(),
+            ),
+            rules=Rules(
+                max_tasks=options.get("maxtasksperchild"),
+                max_private_bytes=memory_kib * 1024 or None,
+                max_growth_bytes=chosen.max_child_growth,
+                max_age=chosen.max_child_age,
+            ),
+            min_children=chosen.min_children,
+            idle_timeout=chosen.idle_timeout,
+            patience=chosen.overtake_time,
+            max_pause=chosen.max_pause,
         )
+        self.prefetch = pool.prefetch
         pool.begin()
         self.on_apply = pool.apply_async
         self.terminate_job = pool.terminate_job
@@ -175,13 +194,13 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
             "implementation": f"{type(self).__module__}:{type(self).__name__}",
             "max-concurrency": self.num_processes,
             "processes": pool.crew.pids(),
-            "max-tasks-per-child": pool.supervisor.max_tasks or "N/A",
+            "max-tasks-per-child": pool.supervisor.rules.max_tasks or "N/A",
             "put-guarded-by-semaphore": self.putlocks,
             "timeouts": tuple(limit or 0 for limit in pool.limits),
             "writes": _writes(pool),
             "memsafe": {
                 "start_method": pool.crew.start_method.name,
-                "forkserver": _forkserver(pool),
+                "forkserver": pool.forkserver,
                 "children": fleet.size,
                 "idle": len(fleet.idle),
                 "busy": fleet.busy,
@@ -190,6 +209,10 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
                 "starts": pool.crew.starts,
                 "retired": pool.retired,
                 "tasks": pool.tasks,
+                "pauses": pool.pauses,
+                "kills": pool.kills,
+                "redelivered": pool.redelivered,
+                "given_back": pool.prefetch.given_back,
                 "trims": pool.ledger.trims,
                 "trimmed": pool.ledger.trimmed_bytes,
                 "memory": _memory(pool),
@@ -199,16 +222,15 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
         }
 
 
-def _forkserver(pool: Engine) -> int | None:
-    return getattr(pool.crew.start_method, "pid", None) or None
-
-
 def _memory(pool: Engine) -> dict[str, Any]:
     """Return what the limit is, what is used of it, and what of that is ours."""
-    reading, account = pool.reading, pool.ledger.account(_forkserver(pool))
+    reading, account = pool.watch.refresh(), pool.ledger.account(pool.forkserver)
     return {
         "limit": reading.lowest_limit_bytes,
         "limit_source": reading.lowest_limit_source,
+        "budget": pool.room.budget,
+        "reserved": pool.room.pending,
+        "child": pool.room.child_bytes,
         "used": reading.used_bytes,
         "headroom": reading.headroom_bytes,
         "oom_kills": reading.oom_kills,
@@ -235,6 +257,13 @@ def _writes(pool: Engine) -> dict[str, Any]:
             "active": sum(1 for child in pool.fleet.children if child.link.writing),
         },
     }
+
+
+def _cores() -> int:
+    """Return the number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _autoscale_maximum() -> int:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from memsafe_pool.cgroups import NO_LIMIT, Files, Place, field, find
 
-__all__ = ["Pressure", "Probe", "Reading"]
+__all__ = ["Level", "Pressure", "Probe", "Reading"]
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -43,6 +43,38 @@ class Pressure:
     some_total_us: int
     full_total_us: int
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One limit that we are under, and the use that counts towards it, in bytes.
+
+    Attributes:
+        limit: More than 0.
+        kind: As ``limit_kind`` of a reading.
+        source: The file it comes from, or ``"physical memory"``.
+        used: As ``used_bytes`` of a reading.
+        used_source: The file or files that comes from.
+        charged_file: The file with the number of what is used and of ``inactive`` together; of a machine
+            ``meminfo``. None where use was found by other means.
+        stat_file: The file with ``inactive``, and the name that begins its line there; None where inactive
+            pages are not known.
+        inactive: The inactive file pages that are left out of ``used``.
+    """
+
+    limit: int
+    kind: Kind
+    source: str
+    used: int
+    used_source: str
+    charged_file: str | None = None
+    stat_file: tuple[str, bytes] | None = None
+    inactive: int = 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that are left; negative above a limit, which ``memory.high`` allows."""
+        return self.limit - self.used
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +108,7 @@ class Reading:
             (``memory.oom.group`` here or in an ancestor). False where it cannot. None where there is no
             cgroup.
         pressure: The cgroup's in version 2, else the machine's; None where the kernel does not measure it.
+        levels: All limits that hold, from the process's own cgroup up to the machine, which is the last.
     """
 
     limit_bytes: int
@@ -92,6 +125,7 @@ class Reading:
     oom_kills: int | None
     oom_group: bool | None
     pressure: Pressure | None
+    levels: tuple[Level, ...] = ()
 
     @property
     def headroom_bytes(self) -> int:
@@ -100,21 +134,10 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class _Level:
-    """One limit that we are under, and the use that counts towards it."""
-
-    limit: int
-    kind: Kind
-    source: str
-    used: int
-    used_source: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Group:
     """What cgroups say. ``high`` is the lowest ``memory.high`` and its file."""
 
-    levels: list[_Level]
+    levels: list[Level]
     high: tuple[int, str] | None = None
     folder: str | None = None
     oom_kills: int | None = None
@@ -179,7 +202,7 @@ class Probe:
 
     # The machine
 
-    def _machine(self) -> _Level:
+    def _machine(self) -> Level:
         files, path = self._files, "/proc/meminfo"
         fallback = "the C library is asked instead"
         text = files.get(path, fallback)
@@ -196,9 +219,10 @@ class Probe:
         if available is None:
             available = os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES // 1024
         used = max(0, total - available) * 1024
-        return _Level(total * 1024, "physical", "physical memory", used, files.prefix + path)
+        source = files.prefix + path
+        return Level(total * 1024, "physical", "physical memory", used, source, source)
 
-    def _machine_elsewhere(self) -> _Level:
+    def _machine_elsewhere(self) -> Level:
         import psutil
 
         source = "psutil.virtual_memory()"
@@ -208,13 +232,14 @@ class Probe:
         except (OSError, RuntimeError, psutil.Error) as exc:
             self._files.warn(source, "failed", f"failed ({exc})", "nothing is known about what is used")
             total, used = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES, 0
-        return _Level(max(1, total), "physical", "physical memory", max(0, used), source)
+        return Level(max(1, total), "physical", "physical memory", max(0, used), source)
 
     # cgroups
 
     def _version_1(self, place: Place, physical: int) -> _Group:
         files, prefix, own = self._files, self._files.prefix, place.folders[0]
-        levels, stat, used = [], None, 0
+        levels: list[Level] = []
+        stat = None
         hierarchy = NO_LIMIT
         stat_path = f"{own}/memory.stat"
         for folder in place.folders:
@@ -232,25 +257,23 @@ class Probe:
                     or NO_LIMIT
                 )
             if limit < physical:
-                used, source = self._used_1(folder, stat if folder is own else None)
-                levels.append(_Level(limit, "max", f"{prefix}{folder}/memory.limit_in_bytes", used, source))
+                source = f"{prefix}{folder}/memory.limit_in_bytes"
+                levels.append(self._level_1(limit, source, folder, stat if folder is own else None))
         if hierarchy < min([physical, *(level.limit for level in levels)]):
             # Use under a limit that cannot be seen is at least that of the highest cgroup that can.
-            used, source = self._used_1(place.folders[-1], None)
-            levels.append(_Level(hierarchy, "max", prefix + stat_path, used, source))
+            levels.append(self._level_1(hierarchy, prefix + stat_path, place.folders[-1], None))
         path = f"{own}/memory.oom_control"
         text = files.get(path, "out-of-memory kills are not counted", optional=True)
         kills = files.number_on_line(path, text, b"oom_kill ", "out-of-memory kills are not counted")
         return _Group(levels, None, prefix + own, kills, oom_group=False)
 
-    def _used_1(self, folder: str, stat: bytes | None) -> tuple[int, str]:
-        return self._used(
-            f"{folder}/memory.usage_in_bytes", f"{folder}/memory.stat", b"total_inactive_file ", stat
-        )
+    def _level_1(self, limit: int, source: str, folder: str, stat: bytes | None) -> Level:
+        stat_file = f"{folder}/memory.stat", b"total_inactive_file "
+        return self._level((limit, "max", source), f"{folder}/memory.usage_in_bytes", stat_file, stat)
 
     def _version_2(self, place: Place, physical: int) -> _Group:
         files, prefix = self._files, self._files.prefix
-        levels: list[_Level] = []
+        levels: list[Level] = []
         highs, charged, group = [], None, False
         for folder in place.folders:
             kind: Kind = "max"
@@ -270,10 +293,9 @@ class Probe:
             if high < limit:
                 limit, kind = high, "high"
             if limit < physical:
-                used, source = self._used(
-                    f"{folder}/memory.current", f"{folder}/memory.stat", b"inactive_file ", None
-                )
-                levels.append(_Level(limit, kind, f"{prefix}{folder}/memory.{kind}", used, source))
+                stat_file = f"{folder}/memory.stat", b"inactive_file "
+                found = limit, kind, f"{prefix}{folder}/memory.{kind}"
+                levels.append(self._level(found, f"{folder}/memory.current", stat_file, None))
             group = group or self._is_group(f"{folder}/memory.oom.group")
         if charged is None:
             return _Group([])
@@ -291,8 +313,10 @@ class Probe:
             self._files.odd(path, text, "0 or 1", fallback)
         return text.strip() == b"1"
 
-    def _used(self, path: str, stat_path: str, name: bytes, stat: bytes | None) -> tuple[int, str]:
-        """Return the use of one cgroup in bytes, and where it comes from.
+    def _level(
+        self, found: tuple[int, Kind, str], path: str, stat_file: tuple[str, bytes], stat: bytes | None
+    ) -> Level:
+        """Return a limit, its kind and its file with the use of its cgroup.
 
         The kernel gathers ``memory.stat`` from all cores in portions, so that inactive file pages may be
         wrong by 64 pages for each core.
@@ -302,19 +326,28 @@ class Probe:
             path, "the resident memory of our own processes is taken, which is too much of them"
         )
         if used is None:
-            return sum(map(self._resident_bytes, self._tree())), "/proc/<pid>/statm"
+            return Level(*found, sum(map(self._resident_bytes, self._tree())), "/proc/<pid>/statm")
+        stat_path, name = stat_file
         fallback = "inactive file pages are counted as used"
         if stat is None:
             stat = files.get(stat_path, fallback)
         inactive = files.number_on_line(stat_path, stat, name, fallback)
+        charged = files.prefix + path
         if inactive is None:
-            return used, files.prefix + path
-        return max(0, used - inactive), f"{files.prefix}{path} - {stat_path.rpartition('/')[2]}"
+            return Level(*found, used, charged, charged)
+        return Level(
+            *found,
+            used=max(0, used - inactive),
+            used_source=f"{charged} - {stat_path.rpartition('/')[2]}",
+            charged_file=charged,
+            stat_file=(files.prefix + stat_path, name),
+            inactive=inactive,
+        )
 
-    def _reading(self, machine: _Level, group: _Group, pressure: Pressure | None) -> Reading:
+    def _reading(self, machine: Level, group: _Group, pressure: Pressure | None) -> Reading:
         # The cgroup before the machine where they are equal: the order of the list.
         levels = [*group.levels, machine]
-        least = min(levels, key=lambda level: level.limit - level.used)
+        least = min(levels, key=lambda level: level.room)
         lowest = min(levels, key=lambda level: level.limit)
         high, high_source = group.high or (None, None)
         return Reading(
@@ -332,6 +365,7 @@ class Probe:
             oom_kills=group.oom_kills,
             oom_group=group.oom_group,
             pressure=pressure,
+            levels=tuple(levels),
         )
 
     # Pressure

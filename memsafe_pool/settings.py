@@ -15,7 +15,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SETTINGS", "START_METHODS", "Setting", "SettingError", "Settings", "load"]
+__all__ = [
+    "SETTINGS",
+    "START_METHODS",
+    "Setting",
+    "SettingError",
+    "Settings",
+    "load",
+    "mib",
+    "parse_computed_size",
+    "parse_size",
+]
 
 START_METHODS = ("auto", "forkserver", "spawn", "fork")
 
@@ -73,10 +83,12 @@ _UNITS = {"": 1, "b": 1} | {
     for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
 
+_SHARE = re.compile(r"\d*\.\d*")
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
-def _size(value: Any) -> int:
+def parse_size(value: Any) -> int:
     """Bytes: a number of them, or text such as ``"8MiB"``."""
     if isinstance(value, str):
         match = _SIZE.fullmatch(value.strip())
@@ -84,6 +96,70 @@ def _size(value: Any) -> int:
             raise ValueError
         return int(float(match[1]) * _UNITS[match[2].lower()])
     return _count(value)
+
+
+def parse_computed_size(value: Any) -> int:
+    """As :func:`parse_size`; also a float, as what was computed may be one."""
+    return parse_size(int(value) if isinstance(value, float) else value)
+
+
+def mib(size: float) -> str:
+    """Return a size in words."""
+    return f"{size / (1 << 20):.0f} MiB"
+
+
+#: Less is no budget: nothing would ever fit. It is "MB" forgotten.
+LEAST_BUDGET_BYTES = 1 << 20
+
+
+def _budget(value: Any) -> str | int | float:
+    """``"auto"``, bytes, or a share of the limit between 0 and 1; text may be any of them, or percent."""
+    if value == "auto":
+        return "auto"
+    share: float | None = None
+    if isinstance(value, float):
+        share = value
+    elif isinstance(value, str):
+        text = value.strip()
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+        elif "." in text and _SHARE.fullmatch(text):
+            share = float(text)
+    if share is not None:
+        if not 0 < share < 1:
+            raise ValueError
+        return share
+    size = parse_size(value)
+    if size < LEAST_BUDGET_BYTES:
+        raise ValueError
+    return size
+
+
+def _size_or_auto(value: Any) -> int | None:
+    """``"auto"`` is None: what follows from other numbers."""
+    if value == "auto":
+        return None
+    size = parse_size(value)
+    if size <= 0:
+        raise ValueError
+    return size
+
+
+def _yes_or_no(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    answers = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if not isinstance(value, str) or value.lower() not in answers:
+        raise ValueError
+    return answers[value.lower()]
+
+
+def _path(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError
+    return value
 
 
 def _modules(value: Any) -> tuple[str, ...]:
@@ -173,10 +249,70 @@ SETTINGS = (
     ),
     Setting(
         "memsafe_trim_min",
-        _size,
+        parse_size,
         8 << 20,
         "a number of bytes, 0 or more, or a size such as '8MiB'",
         "Growth since the last time that makes giving memory back worth it.",
+    ),
+    Setting(
+        "memsafe_memory_budget",
+        _budget,
+        "auto",
+        "a size of at least 1 MiB such as '512MiB' (a plain number is bytes), a share of the limit above 0 "
+        "and below 1 such as 0.8 or '80%', or 'auto'",
+        "Memory that the worker, its children and their tasks may use together. 'auto' is nine tenths of the "
+        "lowest memory limit, and less where that is below 320 MiB.",
+    ),
+    Setting(
+        "memsafe_overtake_time",
+        _seconds,
+        10.0,
+        "a number of seconds above 0",
+        "Seconds for which smaller tasks may pass one that waits for memory.",
+    ),
+    Setting(
+        "memsafe_pause",
+        _yes_or_no,
+        True,
+        "one of True, False",
+        "Whether running children are paused when memory is about to run out.",
+    ),
+    Setting(
+        "memsafe_max_pause",
+        _seconds_or_never,
+        3600.0,
+        "a number of seconds, 0 or more, or None for never",
+        "Seconds for which a child may be paused, one time; then its task is ended for want of memory.",
+    ),
+    Setting(
+        "memsafe_memory_tries",
+        _count,
+        2,
+        "a whole number, 0 or more",
+        "How often a task that was ended for want of memory, and is acknowledged late, is run again; the "
+        "last time alone.",
+    ),
+    Setting(
+        "memsafe_max_child_growth",
+        _size_or_auto,
+        "auto",
+        "a size of more than 0 such as '200MiB', or 'auto'",
+        "Memory that a child may keep from its tasks before it is replaced. 'auto' is the budget divided by "
+        "the concurrency, and at least 32 MiB.",
+    ),
+    Setting(
+        "memsafe_max_child_age",
+        _seconds_or_never,
+        None,
+        "a number of seconds, 0 or more, or None for never",
+        "Seconds after which a child is replaced.",
+    ),
+    Setting(
+        "memsafe_state",
+        _path,
+        None,
+        "the path of a file, or None",
+        "File that keeps what tasks needed, so that it is known after a restart.",
     ),
     Setting(
         "memsafe_preload",
@@ -205,6 +341,14 @@ class Settings:
     start_timeout: float
     trim_idle: float | None
     trim_min: int
+    memory_budget: str | int | float
+    overtake_time: float
+    pause: bool
+    max_pause: float | None
+    memory_tries: int
+    max_child_growth: int | None
+    max_child_age: float | None
+    state: str | None
     preload: tuple[str, ...]
     child_env: dict[str, str]
 

@@ -28,11 +28,13 @@ class TimeLimits:
         self._hub: Any = None
 
     def attach(self, hub: Any, jobs: Iterable[Job]) -> None:
-        """Use the timer of ``hub``, also for these jobs, which are running."""
-        if hub is not self._hub:
-            self._hub = hub
-            for job in jobs:
-                self.watch(job)
+        """Use the timer of ``hub``, also for these jobs, which are running.
+
+        Also when it is the same hub: older Celery clears its timer when the connection is lost.
+        """
+        self._hub = hub
+        for job in jobs:
+            self.watch(job)
 
     def watch(self, job: Job) -> None:
         """Wait for the job's next limit, if it has one."""

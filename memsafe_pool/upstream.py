@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +42,7 @@ try:
         worker_process_shutdown,
     )
     from celery.worker import state as worker_state
+    from celery.worker.request import Request
 except ImportError as exc:
     raise ImportError(
         f"memsafe_pool works with Celery 5.4 to 5.7; the installed Celery {celery.__version__} with "
@@ -60,14 +63,17 @@ __all__ = [
     "TimeLimitExceeded",
     "WorkerLostError",
     "become_child",
+    "body_size",
     "build_tracers",
     "config_changes",
     "dump_task",
     "failed",
+    "headers_of",
     "human_status",
     "install_django_fixup",
     "is_cold_shutdown",
     "is_revoked",
+    "no_requeue",
     "prepare_app",
     "prepare_process",
     "send_process_init",
@@ -77,11 +83,16 @@ __all__ = [
     "task_name",
     "undecodable",
     "unproxied",
+    "unqueue",
+    "withdraw",
     "worker_before_create_process",
+    "wrap_run",
 ]
 
 _PROXIES = (Proxy, PromiseProxy)
 _TRACERS = (fast_trace_task, trace_task_ret)
+#: Where their arguments have the encoded body.
+_BODY = 3
 
 
 class TaskMemoryError(Exception):
@@ -126,6 +137,36 @@ def task_name(function: Callable[..., Any], args: Any) -> str:
     if function in _TRACERS:
         return str(args[0])
     return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def headers_of(function: Callable[..., Any], args: Any) -> dict[str, Any] | None:
+    """Return the headers of a call's message, or None for a call that is none of Celery's."""
+    if function in _TRACERS:
+        request: dict[str, Any] = args[2]
+        return request
+    return None
+
+
+def body_size(args: Any) -> int:
+    """Return the size of the encoded arguments of a call of Celery's: bytes, or characters."""
+    return len(args[_BODY] or ()) if len(args) > _BODY else 0
+
+
+@contextmanager
+def no_requeue(request: Any) -> Iterator[None]:
+    """Within this, a request whose worker was lost fails, whatever ``reject_on_worker_lost`` says.
+
+    What was tried as often as makes sense would come back for ever.
+    """
+    task: Any = getattr(request, "task", None)
+    if not getattr(task, "reject_on_worker_lost", False):
+        yield
+        return
+    task.reject_on_worker_lost = False
+    try:
+        yield
+    finally:
+        task.reject_on_worker_lost = True
 
 
 def unproxied(value: Any) -> Any:
@@ -230,6 +271,28 @@ def prepare_process(app: Any, hostname: str) -> None:
             task.__trace__ = build_tracer(name, task, app.loader, hostname, app=app)
 
 
+def wrap_run(app: Any, name: str, hostname: str, context: Any) -> None:
+    """Have the body of a task, and nothing else of what Celery does with it, run in a context.
+
+    Each time it runs in this process from now on.
+    """
+    task = app.tasks.get(name)
+    if task is None:
+        return  # which Celery says itself
+    run = task.run
+    if getattr(run, "memsafe_context", None) is context:
+        return
+
+    @wraps(run)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with context:
+            return run(*args, **kwargs)
+
+    within.memsafe_context = context  # type: ignore[attr-defined]
+    task.run = within
+    task.__trace__ = build_tracer(name, task, app.loader, hostname, app=app)
+
+
 def send_process_init(hostname: str) -> None:
     """Send ``worker_process_init`` in a child."""
     worker_process_init.send(sender=hostname)
@@ -286,3 +349,131 @@ def shield_worker(value: Any) -> Any:
             einfo.exception = TaskMemoryError(repr(einfo.exception))
             einfo.type = TaskMemoryError
     return value
+
+
+# Requests of the consumer
+
+
+def request_of(callback: Any) -> Any:
+    """Return the request that a callback given to ``apply_async`` belongs to; None for others."""
+    owner = getattr(callback, "__self__", None)
+    return owner if isinstance(owner, Request) else None
+
+
+def queued_requests(consumer: Any) -> list[Any]:
+    """Return the requests that wait for the pool to have a slot free, the oldest first.
+
+    Celery keeps them, beyond the concurrency, in the queue of a semaphore.
+    """
+    semaphore = getattr(consumer.controller, "semaphore", None)
+    return [] if semaphore is None else [args[0] for _, args, _ in semaphore._waiting if args]
+
+
+def unqueue(consumer: Any, request: Any) -> None:
+    """Take a request out of that queue."""
+    waiting = consumer.controller.semaphore._waiting
+    for entry in waiting:
+        if entry[1] and entry[1][0] is request:
+            waiting.remove(entry)
+            return
+
+
+def count_kept(consumer: Any, waiting: set[int]) -> int:
+    """Return how many tasks the broker counts as sent that are not among those that wait.
+
+    These are tasks with an ETA, and running tasks that are acknowledged late. A task that
+    is acknowledged early counts for a moment only. What another connection has brought is
+    none of this one's.
+
+    Arguments:
+        waiting: The ``id()`` of each request that waits.
+    """
+    channel = consumer.task_consumer.channel
+    running = sum(
+        1
+        for request in tuple(worker_state.reserved_requests)
+        if request.task.acks_late
+        and not request.acknowledged
+        and id(request) not in waiting
+        and request.message.channel is channel
+    )
+    return running + _count_scheduled(consumer)
+
+
+def _count_scheduled(consumer: Any) -> int:
+    """Return how many tasks with an ETA this connection has brought."""
+    scheduled = getattr(worker_state, "scheduled_requests", None)
+    if scheduled is not None:  # Celery 5.7
+        return len(scheduled)
+    channel = consumer.task_consumer.channel
+    entries = (scheduled.entry for scheduled in consumer.timer.schedule.queue)
+    return sum(
+        1
+        for entry in entries
+        if entry.args
+        and isinstance(entry.args[0], Request)
+        and not entry.canceled
+        and entry.args[0].message.channel is channel
+    )
+
+
+def is_fetching(consumer: Any) -> bool:
+    """Whether a lower prefetch has to wait, because Redis has been asked for a message.
+
+    What it answers when there is no prefetch left for it stays in the socket, lost to all
+    workers; and kombu before 5.7 loops over it at full speed. Redis answers within a second
+    (``brpop_timeout``), with nothing if there is nothing.
+    """
+    return bool(getattr(consumer.task_consumer.channel, "_in_poll", False))
+
+
+def can_give_back(consumer: Any, request: Any) -> bool:
+    """Whether a request that waits can go back to the broker.
+
+    One that was revoked stays: it ends here, while another worker may not know of it.
+    """
+    return (
+        request is not None
+        and not request.acknowledged
+        and request.message.channel is consumer.task_consumer.channel
+        and not is_revoked(request.id)
+    )
+
+
+def withdraw(request: Any) -> None:
+    """Make a request that has begun one that has not, as its task is to be run again."""
+    if request is not None:
+        worker_state.active_requests.discard(request)
+        request.time_start = request.worker_pid = None
+
+
+def leave_to_broker(request: Any) -> None:
+    """Forget a request that was ended here, and that the broker has delivered again already."""
+    if request is not None:
+        worker_state.task_ready(request)
+
+
+def give_back(request: Any) -> None:
+    """Put a request's message back to the front of its queue, and forget the request.
+
+    It must not have begun, and nobody may begin it any more.
+    """
+    worker_state.task_ready(request)
+    if hasattr(getattr(request.message.channel, "qos", None), "restore_by_tag"):
+        request.on_reject = partial(_requeue_in_redis, request.message)
+    request.reject(requeue=True)
+
+
+def _requeue_in_redis(message: Any, logger: Any, errors: Any, requeue: bool) -> None:
+    """Put a message to the front of its queue in Redis; kombu's own ``reject`` puts it to the end."""
+    from kombu.transport.virtual import QoS
+
+    qos = message.channel.qos
+    try:
+        qos.restore_by_tag(message.delivery_tag)
+    except Exception as exc:  # also that Redis has no memory left
+        # It is restored when the connection is closed or its visibility timeout has passed.
+        logger.critical("Couldn't give back %r, reason: %r", message.delivery_tag, exc, exc_info=True)
+        return
+    QoS.ack(qos, message.delivery_tag)
+    message._state = "REQUEUED"

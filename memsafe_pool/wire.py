@@ -8,14 +8,16 @@ costs no pickling on either side.
 ========  ==========  =======================================================
 kind      sender      meaning
 ========  ==========  =======================================================
-TASK      worker      run this: payload ``(function, args, kwargs)``; number: 1 when
-                      tasks of this name are known to need little memory
+TASK      worker      run this: payload ``(function, args, kwargs)``; number: KNOWN when
+                      it is known what tasks of this name need, plus TRIM when
+                      free heap is to be given back first
+LIMIT     worker      the next task may take so many bytes: number
 STOP      worker      leave; nothing follows
 UP        child       ready for work; job: its pid; payload: report
 ACK       child       the job begins; number: monotonic seconds
-DONE      child       the job ended; payload: report, ``(succeeded, value)``
-TRIMMED   child       gave memory back while idle; number: bytes won;
-                      payload: report
+DONE      child       the job ended; payload: report, ``(succeeded, value)``; number: 1 when
+                      the report is left out, as it is that of the job before
+TRIMMED   child       gave memory back; number: bytes won; payload: report
 FAILED    child       could not start; payload: text of the traceback
 ========  ==========  =======================================================
 
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = [
@@ -36,9 +39,12 @@ __all__ = [
     "DONE",
     "FAILED",
     "HEAD",
+    "KNOWN",
+    "LIMIT",
     "REPORT",
     "STOP",
     "TASK",
+    "TRIM",
     "TRIMMED",
     "UP",
     "Reader",
@@ -47,13 +53,16 @@ __all__ = [
     "loads",
 ]
 
-TASK, STOP, UP, ACK, DONE, FAILED, TRIMMED = range(1, 8)
+TASK, STOP, UP, ACK, DONE, FAILED, TRIMMED, LIMIT = range(1, 9)
+
+#: What the number of a TASK says, added up.
+KNOWN, TRIM = 1, 2
 
 #: kind, payload length in bytes, job id, number
 HEAD = struct.Struct("=BQQd")
 
 #: The fields of a :class:`Report`.
-REPORT = struct.Struct("=6Q?")
+REPORT = struct.Struct("=7Q")
 
 
 class Report(NamedTuple):
@@ -66,7 +75,7 @@ class Report(NamedTuple):
         high: The most that was resident since its last task began.
         peak: What that task needed at its peak, beyond what was there before it.
         trimmable: Free heap that is resident: what a trim could win. 0 when little.
-        exact: Whether ``peak`` is that; else it is a lower bound.
+        hidden: What it may have needed besides, unseen; 0 if ``peak`` is all.
     """
 
     resident: int = 0
@@ -75,12 +84,28 @@ class Report(NamedTuple):
     high: int = 0
     peak: int = 0
     trimmable: int = 0
-    exact: bool = False
+    hidden: int = 0
+
+    @property
+    def kept(self) -> int:
+        """What would be free if it ended, but for what a trim would win."""
+        return self.private - self.trimmable
+
+    @property
+    def exact(self) -> bool:
+        """Whether ``peak`` is what the task needed; else it is a lower bound."""
+        return not self.hidden
 
     @classmethod
     def unpack(cls, payload: memoryview) -> Report:
         """Return the report at the start of a payload."""
-        return cls(*REPORT.unpack_from(payload))
+        return _report(bytes(payload[: REPORT.size]))
+
+
+@lru_cache(maxsize=256)
+def _report(packed: bytes) -> Report:
+    """Most reports of a child are like the one before."""
+    return Report(*REPORT.unpack(packed))
 
 
 head = HEAD.pack

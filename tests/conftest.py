@@ -6,12 +6,15 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import celery
 import pytest
+from harness import cgroup
 from harness.brokers import KINDS, NO_BROKER, Broker, Servers
+from harness.proxy import Proxy
 from harness.residue import Residue
 from harness.worker import OURS, POOL, PROJECTS, Worker
 
@@ -113,36 +116,61 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     found.close()
 
 
-def _opened(servers: Servers, kind: str) -> Iterator[Broker]:
-    broker = servers.open(kind)
-    yield broker
-    broker.remove()
+@pytest.fixture
+def outlasting(nothing_left: None) -> Iterator[ExitStack]:
+    """What must be there for as long as the workers of the test, whichever fixture is asked for first."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def open_broker(outlasting: ExitStack, servers: Servers) -> Callable[[str], Broker]:
+    """Open fresh parts of brokers, by their kind."""
+
+    def opened(kind: str) -> Broker:
+        broker = servers.open(kind)
+        outlasting.callback(broker.remove)
+        return broker
+
+    return opened
+
+
+@pytest.fixture
+def open_proxy(outlasting: ExitStack) -> Callable[[Broker], Proxy]:
+    """Put proxies before brokers."""
+
+    def opened(broker: Broker) -> Proxy:
+        proxy = Proxy(broker.config["broker_url"])
+        outlasting.callback(proxy.close)
+        return proxy
+
+    return opened
 
 
 @pytest.fixture(params=KINDS)
-def broker(servers: Servers, request: pytest.FixtureRequest) -> Iterator[Broker]:
+def broker(open_broker: Callable[[str], Broker], request: pytest.FixtureRequest) -> Broker:
     """A fresh part of each of the four brokers in turn."""
-    yield from _opened(servers, request.param)
+    return open_broker(request.param)
 
 
 @pytest.fixture
-def redis(servers: Servers) -> Iterator[Broker]:
-    yield from _opened(servers, "redis")
+def redis(open_broker: Callable[[str], Broker]) -> Broker:
+    return open_broker("redis")
 
 
 @pytest.fixture
-def rabbitmq(servers: Servers) -> Iterator[Broker]:
-    yield from _opened(servers, "rabbitmq")
+def rabbitmq(open_broker: Callable[[str], Broker]) -> Broker:
+    return open_broker("rabbitmq")
 
 
 @pytest.fixture
-def filesystem(servers: Servers) -> Iterator[Broker]:
-    yield from _opened(servers, "filesystem")
+def filesystem(open_broker: Callable[[str], Broker]) -> Broker:
+    return open_broker("filesystem")
 
 
 @pytest.fixture
-def sqlite(servers: Servers) -> Iterator[Broker]:
-    yield from _opened(servers, "sqlite")
+def sqlite(open_broker: Callable[[str], Broker]) -> Broker:
+    return open_broker("sqlite")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -204,7 +232,7 @@ def _factory(servers: Servers, folders: pytest.TempPathFactory) -> Iterator[Star
 
 @pytest.fixture
 def start_worker(
-    nothing_left: None, servers: Servers, tmp_path_factory: pytest.TempPathFactory
+    outlasting: ExitStack, servers: Servers, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StartWorker]:
     """Start real workers that end with the test.
 
@@ -221,6 +249,25 @@ def start_worker(
 def start_module_worker(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartWorker]:
     """As ``start_worker``, for workers that the tests of a module share."""
     yield from _factory(servers, tmp_path_factory)
+
+
+@pytest.fixture
+def container(outlasting: ExitStack) -> Callable[[int], cgroup.Cgroup]:
+    """Make memory cgroups: ``container(mib)``; the test is skipped where that is not possible."""
+    return lambda mib: outlasting.enter_context(cgroup.limited(mib << 20))
+
+
+@pytest.fixture
+def start_contained(
+    container: Callable[[int], cgroup.Cgroup], start_worker: StartWorker
+) -> Callable[..., Worker]:
+    """As ``start_worker``, in a memory cgroup: ``start_contained(cgroup or MiB, ...)``."""
+
+    def start(room: cgroup.Cgroup | int, *arguments: str, **options: Any) -> Worker:
+        group = container(room) if isinstance(room, int) else room
+        return start_worker(*arguments, prepare=group.hold, **options)
+
+    return start
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psutil
 import pytest
 
@@ -71,3 +73,96 @@ def test_a_peak_that_was_given_back_is_no_reason(limited):
     children = {limited.run("proj.peak", 250) for _ in range(4)}
     assert len(children) == 1
     lost_none(limited)
+
+
+# By our own settings: the replacement is ready before the old one leaves
+
+
+def until_another(worker, first, task, *arguments, timeout=60):
+    """Run a task again and again until another child runs it; how often the first one did."""
+    deadline, runs = time.monotonic() + timeout, 0
+    while worker.run(task, *arguments) == first:
+        runs += 1
+        assert time.monotonic() < deadline, "no other child has come"
+        time.sleep(0.02)
+    return runs
+
+
+@pytest.mark.ours_only("memsafe_max_child_growth")
+def test_a_child_whose_tasks_leak_is_replaced(start_worker, start_method):
+    """``memsafe_max_child_growth``: what tasks keep for ever goes with the child, and no task is lost."""
+    worker = start_worker(
+        start_method=start_method,
+        concurrency=1,
+        config={"memsafe_max_child_growth": "60MiB"},
+        loglevel="DEBUG",
+    )
+    first = worker.run("proj.keep", 10)
+    assert worker.run("proj.pid") == first
+    # Its limit is up to a fifth lower; and it goes on while its replacement starts.
+    assert until_another(worker, first, "proj.keep", 10) >= 4
+    worker.wait_for_log(rf"Retiring \S+ \(pid {first}, \w+, \d+ tasks\): grown by \d+ MiB, at most 60 MiB")
+    worker.until(lambda: not psutil.pid_exists(first), "the first child to end")
+    lost_none(worker)
+
+
+@pytest.mark.ours_only("memsafe_max_child_growth")
+def test_a_child_whose_tasks_load_something_once_stays(start_worker, start_method):
+    """Every other child would load it, too. What is kept later is counted as ever."""
+    worker = start_worker(
+        start_method=start_method, concurrency=1, config={"memsafe_max_child_growth": "60MiB"}
+    )
+    first = worker.run("proj.pid")
+    for _ in range(6):
+        assert worker.run("proj.load", 90) == first
+        time.sleep(0.3)  # what is looked at seldom is looked at, too
+    worker.until(lambda: worker.stats()["pool"]["memsafe"]["idle"] == 1, "an idle child")
+    [row] = worker.stats()["pool"]["memsafe"]["table"]
+    assert row["pid"] == first
+    assert row["private_growth"] > 80 << 20
+    until_another(worker, first, "proj.keep", 10)
+    lost_none(worker)
+
+
+@pytest.mark.ours_only("memsafe_max_child_age")
+def test_an_old_child_is_replaced(start_worker, start_method):
+    """``memsafe_max_child_age``: after its next task, when another one is ready."""
+    worker = start_worker(
+        start_method=start_method, concurrency=1, config={"memsafe_max_child_age": 2}, loglevel="DEBUG"
+    )
+    first = worker.run("proj.pid")
+    until_another(worker, first, "proj.pid")
+    worker.wait_for_log(rf"Retiring \S+ \(pid {first}, \w+, \d+ tasks\): \d+ s old, at most 2 s")
+    worker.until(lambda: not psutil.pid_exists(first), "the first child to end")
+    lost_none(worker)
+
+
+@pytest.mark.ours_only("prefork ends all children at once")
+def test_a_restart_under_load(start_worker, start_method):
+    """``pool_restart`` replaces all children while tasks go on: most of them are there all the time."""
+    worker = start_worker(
+        start_method=start_method,
+        concurrency=4,
+        config={"worker_pool_restarts": True, "worker_prefetch_multiplier": 64},
+        loglevel="DEBUG",
+    )
+    gate = worker.gate()
+    held = [worker.call("proj.hold", gate.path) for _ in range(4)]
+    old = set(gate.wait_started(4).values())
+    results = [worker.call("proj.sleep", 0.2) for _ in range(60)]
+    gate.open()
+    assert "ok" in worker.control("pool_restart")
+    fewest, deadline = 4, time.monotonic() + 60
+    while worker.log().count("the pool was restarted") < 4:
+        pool = worker.stats()["pool"]["memsafe"]
+        fewest = min(fewest, pool["idle"] + pool["busy"])
+        if results[-40].ready():
+            results += [worker.call("proj.sleep", 0.2) for _ in range(40)]
+        assert time.monotonic() < deadline, "not all children are replaced"
+    assert fewest >= 3
+    for result in results:
+        worker.get(result)
+    assert {worker.get(result) for result in held} == old
+    assert {worker.run("proj.pid") for _ in range(8)}.isdisjoint(old)
+    assert worker.log().count("the pool was restarted") == 4
+    lost_none(worker)

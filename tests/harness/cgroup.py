@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from .waiting import until
+from .worker import Worker
 
 _NUMBERS = itertools.count(1)
 
@@ -89,6 +90,11 @@ class Cgroup:
     def add(self, pid: int) -> None:
         """Move a process into it."""
         self.write("cgroup.procs", pid)
+
+    def hold(self, worker: Worker) -> None:
+        """Have a worker that is not started yet run in it from the beginning, as in a container."""
+        entrance = self.folder / "cgroup.procs"
+        worker.command = ["sh", "-c", f'echo $$ > "{entrance}" && exec "$@"', "sh", *worker.command]
 
     def child(self, name: str) -> Cgroup:
         """Make a cgroup in it. In version 2, processes can then be in the child only."""

@@ -11,28 +11,27 @@ import pytest
 from billiard.exceptions import TimeLimitExceeded
 from harness import processes
 from harness.brokers import NO_BROKER
-from harness.proxy import Proxy
+from harness.growth import Growth, headroom
 from harness.waiting import until
 
 
 @pytest.fixture(params=["redis", "rabbitmq"])
-def lossy(nothing_left, servers, request):
+def lossy(open_broker, open_proxy, request):
     """A broker, and a proxy between it and the worker."""
-    broker = servers.open(request.param)
-    proxy = Proxy(broker.config["broker_url"])
-    yield broker, proxy
-    proxy.close()
-    broker.remove()
+    broker = open_broker(request.param)
+    return broker, open_proxy(broker)
 
 
-def start_behind(start_worker, proxy, broker, **options):
+def start_behind(start_worker, proxy, broker, *arguments, **options):
     """A worker that reaches its broker through the proxy alone; the test's client does not."""
     config = {**broker.config, **options.pop("config", {}), "broker_url": proxy.url}
-    worker = start_worker(
-        broker=broker,
-        prepare=lambda worker: worker.env.update(TEST_CONFIG=json.dumps({**worker.config, **config})),
-        **options,
-    )
+    prepare_too = options.pop("prepare", lambda worker: None)
+
+    def prepare(worker):
+        worker.env.update(TEST_CONFIG=json.dumps({**worker.config, **config}))
+        prepare_too(worker)
+
+    worker = start_worker(*arguments, broker=broker, prepare=prepare, **options)
     assert worker.stats()["broker"]["port"] == proxy.port
     return worker
 
@@ -126,7 +125,7 @@ def answers(port):
 
 
 @pytest.fixture
-def private_redis(nothing_left, tmp_path):
+def private_redis(outlasting, tmp_path):
     """A Redis server of the test's own, which can be ended and begun again: url, start, stop."""
     program = shutil.which("redis-server")
     if program is None:
@@ -147,9 +146,9 @@ def private_redis(nothing_left, tmp_path):
             process.wait(30)
         running.clear()
 
+    outlasting.callback(stop)
     start()
-    yield f"redis://127.0.0.1:{port}/0", start, stop
-    stop()
+    return f"redis://127.0.0.1:{port}/0", start, stop
 
 
 def test_the_server_is_killed_and_comes_back(start_worker, start_method, redis, private_redis):
@@ -166,3 +165,31 @@ def test_the_server_is_killed_and_comes_back(start_worker, start_method, redis, 
     assert worker.get(running) == child
     assert worker.run("proj.add", 3, 4) == 7
     assert worker.stop() == 0
+
+
+@pytest.mark.ours_only("other pools do not run tasks again themselves")
+@pytest.mark.parametrize("lossy", ["rabbitmq"], indirect=True)  # with Redis an error in kombu ends the worker
+def test_what_comes_again_is_not_run_again_here(container, start_worker, lossy):
+    """One that is ended for want of memory when the broker has delivered it again: one more run is enough."""
+    broker, proxy = lossy
+    group = container(240)
+    worker = start_behind(start_worker, proxy, broker, "hungry", concurrency=2, prepare=group.hold)
+    gate = worker.gate()
+    both = [Growth(worker, gate, name, "steps_late") for name in ("one", "other")]
+    processes.wait_for_event_loop(worker.pid)
+    proxy.cut()
+    worker.wait_for_log("Connection to broker lost")
+    proxy.restore()
+    worker.wait_for_log("Connected to", count=2)
+    share = headroom(worker) * 3 // 10
+    for growth in both:
+        growth.want(share)
+        growth.wait_has(share)
+    for growth in both:
+        growth.want(3 * share)
+    ids = "|".join(growth.id for growth in both)
+    worker.wait_for_log(rf"'({ids})'> is not run again here, as the broker has delivered it again: hungry")
+    gate.open()
+    for growth in both:
+        assert worker.get(growth.result) == growth.pid
+    assert "is run again" not in worker.log()

@@ -67,9 +67,9 @@ def test_an_obstacle_that_goes_away(start_worker, redis, method, config, step):
         ("filesystem", ("forkserver", {}, "init")),
     ],
 )
-def test_an_obstacle_that_stays(start_worker, servers, kind, way):
+def test_an_obstacle_that_stays(start_worker, open_broker, kind, way):
     """The worker stops with an exit code that says so, and the task is left for another worker."""
-    broker = servers.open(kind)
+    broker = open_broker(kind)
     worker = start(start_worker, broker, way, "raise")
     result = worker.call("obstacle.pid")
     worker.wait_for_log(

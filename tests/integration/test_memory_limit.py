@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 from billiard.exceptions import WorkerLostError
-from harness.cgroup import limited
+
+from memsafe_pool import MemoryLimitExceeded
 
 pytestmark = pytest.mark.ours_only("other pools do not look at the limit")
 
@@ -15,20 +13,14 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def cgroup(nothing_left):
-    with limited(600 * MIB) as group:
-        yield group
+def cgroup(container):
+    return container(600)
 
 
 @pytest.fixture
 def worker(cgroup, start_worker, start_method):
     """A worker that was started in the cgroup, as in a container."""
-
-    def enter(worker):
-        entrance = cgroup.folder / "cgroup.procs"
-        worker.command = ["sh", "-c", f'echo $$ > "{entrance}" && exec "$@"', "sh", *worker.command]
-
-    return start_worker(start_method=start_method, prepare=enter)
+    return start_worker(start_method=start_method, prepare=cgroup.hold)
 
 
 def memory(worker):
@@ -65,13 +57,15 @@ def test_use_is_what_the_kernel_charges(worker, cgroup):
     worker.until(lambda: memory(worker)["used"] <= cgroup.usage(), "no more to be used than is charged")
 
 
-def test_the_kernel_takes_the_child(worker, cgroup):
-    """A task that exceeds the limit costs its child, not the worker; the kernel's kill is counted."""
-    before = memory(worker)["oom_kills"]
-    with pytest.raises(WorkerLostError, match=str(signal.SIGKILL.value)):
-        worker.run("proj.keep", 2000)
-    worker.until(lambda: memory(worker)["oom_kills"] == before + 1, "the kill to be counted")
+def test_the_kernel_takes_the_child(start_contained, start_method):
+    """Its kill costs a child, not the worker; it is counted, and told from somebody else's."""
+    worker = start_contained(300, start_method=start_method, config={"memsafe_pause": False})
+    with pytest.raises(MemoryLimitExceeded, match=r"signal 9 \(SIGKILL\): .*the kernel has ended its child"):
+        worker.run("proj.keep", 1000)
+    worker.until(lambda: memory(worker)["oom_kills"] == 1, "the kill to be counted")
     assert worker.run("proj.add", 1, 2) == 3
-    os.kill(worker.run("proj.pid"), signal.SIGKILL)  # no kill of the kernel's own
+    with pytest.raises(WorkerLostError, match="signal 9") as caught:
+        worker.run("proj.die")
+    assert not isinstance(caught.value, MemoryLimitExceeded)
     assert worker.run("proj.add", 1, 2) == 3
-    assert memory(worker)["oom_kills"] == before + 1
+    assert memory(worker)["oom_kills"] == 1

@@ -39,6 +39,7 @@ for line in sys.stdin:
             while file.readinto(buffer):
                 pass
     answer = dataclasses.asdict(probe.read())
+    del answer["levels"]
     print(json.dumps({**answer, "tree_bytes": probe.tree_bytes(), "warnings": warnings}), flush=True)
 """
 

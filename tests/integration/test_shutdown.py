@@ -51,9 +51,9 @@ SECOND_INT = (signal.SIGINT, r"Hitting Ctrl\+C again will terminate all running 
 
 
 @pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
-def test_warm_shutdown(start, servers, kind):
+def test_warm_shutdown(start, open_broker, kind):
     """SIGTERM: what runs ends in order and its result arrives; what waits is left for another worker."""
-    broker = servers.open(kind)
+    broker = open_broker(kind)
     worker = start(broker=broker, concurrency=1)
     gate = worker.gate()
     running = worker.call("proj.hold", gate.path)
@@ -65,7 +65,6 @@ def test_warm_shutdown(start, servers, kind):
     assert worker.wait_exit() == 0
     assert worker.get(running) == child
     assert start(broker=broker).get(waiting) == 3
-    broker.remove()
 
 
 @pytest.mark.parametrize(
@@ -78,9 +77,9 @@ def test_warm_shutdown(start, servers, kind):
     ],
     ids=["redis-QUIT", "redis-INT-INT", "redis-TERM-QUIT", "filesystem-QUIT"],
 )
-def test_cold_shutdown(start, servers, kind, signals):
+def test_cold_shutdown(start, open_broker, kind, signals):
     """Running tasks are ended; those that are acknowledged late run again elsewhere."""
-    broker = servers.open(kind)
+    broker = open_broker(kind)
     worker = start(broker=broker)
     gate, late = worker.gate(), worker.gate()
     lost, again = worker.call("proj.hold", gate.path), worker.call("proj.hold_late", late.path)

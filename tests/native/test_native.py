@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import sys
 
@@ -241,6 +242,28 @@ def test_what_is_missing_is_said(monkeypatch):
         "allocator thresholds cannot be set (unknown allocator)",
         "free heap cannot be measured (unknown allocator)",
         f"no prctl, so children cannot be tied to their parent ({os.strerror(errno.ENOSYS)})",
+    ]
+
+
+def test_a_kernel_that_says_less(monkeypatch):
+    """Without VmHWM the peak is that of the program's life; what is missing is named, as is smaps_rollup."""
+    real_read, real_open = native._read, os.open
+
+    def read(path):
+        return real_read(path).replace(b"\nVmHWM:", b"\nVmXXX:")
+
+    def open_but(path, *arguments):
+        if path == "/proc/self/smaps_rollup":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return real_open(path, *arguments)
+
+    monkeypatch.setattr(native, "_library", native._CtypesLibrary())
+    monkeypatch.setattr(native, "_read", read)
+    monkeypatch.setattr(os, "open", open_but)
+    assert native.peak() == 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert native.missing()[-2:] == [
+        f"private memory cannot be read ({os.strerror(errno.ENOENT)})",
+        f"the highest resident memory is that of the program's whole life ({os.strerror(errno.ENODATA)})",
     ]
 
 

@@ -392,7 +392,7 @@ print(native.release_heap() if native.allocator() != "musl" else 0)
 print(len(native.missing()) - (not native.HAVE_EXTENSION))
 """
     )
-    assert lines == ["ENOENT"] * 4 + ["0", "2"]
+    assert lines == ["ENOENT"] * 4 + ["0", "4"]
 
 
 # Out-of-memory order

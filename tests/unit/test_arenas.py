@@ -28,6 +28,16 @@ def test_objects_that_go_leave_room():
     del kept
 
 
+def test_what_is_known_is_what_was_read_last():
+    """A child that was forked need not read what the process before it has read."""
+    last = arenas.read()
+    objects = [bytes(100) for _ in range(50_000)]
+    assert arenas.known() == last
+    assert arenas.read() != last
+    assert arenas.known() != last
+    del objects
+
+
 def test_reading_leaves_nothing_behind():
     """Neither memory nor descriptors, however often."""
     code = """

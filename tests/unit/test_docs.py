@@ -19,8 +19,14 @@ DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("do
 #: Functions whose text arguments end up in a log line, besides those of a logger.
 SPEAKERS = {"fall_back", "start_failed", "on_hopeless", "_fail_waiting", "Retire", "StopWorker"}
 
-#: What begins with memsafe_ and is no setting.
-OTHER_NAMES = {"memsafe_pool"}
+#: What begins with memsafe_ and is no setting: the package, and what can be said of a task.
+OTHER_NAMES = {
+    "memsafe_pool",
+    "memsafe_hard_limit",
+    "memsafe_key",
+    "memsafe_memory",
+    "memsafe_soft_limit",
+}
 
 
 def text(name):

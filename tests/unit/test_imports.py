@@ -16,23 +16,66 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 CELERYS = {"billiard", "celery", "kombu", "vine"}
 
 #: The modules that know nothing of Celery, so that they can be used and tested without it.
-PURE = ["arenas", "cgroups", "memory", "meter", "native", "peaks", "probe", "settings", "supervisor", "wire"]
+PURE = [
+    "announce",
+    "arenas",
+    "budget",
+    "cgroups",
+    "expense",
+    "gauge",
+    "glance",
+    "heap",
+    "machine",
+    "memory",
+    "meter",
+    "native",
+    "neighbours",
+    "pauses",
+    "peaks",
+    "probe",
+    "recycle",
+    "reservations",
+    "rlimit",
+    "room",
+    "settings",
+    "simulate",
+    "supervisor",
+    "watch",
+    "wire",
+]
+
+#: The modules that decide: they are told what is, and say what to do.
+DECIDING = ["budget", "pauses", "recycle", "reservations", "room", "supervisor"]
 
 #: The worker's side; a child has none of it.
 WORKER_SIDE = {
+    "announce",
+    "budget",
     "crew",
     "engine",
     "fleet",
+    "gauge",
     "job",
     "ledger",
     "link",
     "loop",
+    "machine",
+    "neighbours",
+    "pauses",
     "peaks",
+    "prefetch",
     "prefork",
+    "recycle",
+    "reservations",
+    "room",
+    "simulate",
+    "sizes",
+    "steward",
     "start",
     "start_forkserver",
     "supervisor",
     "time_limits",
+    "watch",
 }
 
 #: The modules that run in a child or in the process it is forked from.
@@ -113,10 +156,12 @@ def test_a_child_has_nothing_of_the_workers_side(module):
     assert not reach(module) & WORKER_SIDE
 
 
-def test_the_supervisor_does_no_io():
-    """It decides: no clock, no files, no processes, no log."""
-    allowed = {"__future__", "collections", "dataclasses", "typing"}
-    assert external("supervisor") <= allowed
+@pytest.mark.parametrize("module", DECIDING)
+def test_what_decides_does_no_io(module):
+    """Neither it nor what it imports: no clock, no files, no processes, no log."""
+    allowed = {"__future__", "collections", "dataclasses", "itertools", "memsafe_pool", "typing"}
+    for one in {module, *reach(module)}:
+        assert external(one) <= allowed, one
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -115,8 +115,8 @@ def test_the_table(fleet, add):
     """A row says what a child is, what it has, and what it runs since when."""
     ledger, child = Ledger(fleet), add(State.IDLE, pid=2**22 + 1)
     child.first_private_bytes = MIB
-    ledger.ended(child, "task", Report(9, 8, 7 * MIB, 60, 5, 4, exact=True))
-    ledger.ended(child, "task", Report(9, 8, 7 * MIB, 50, 5, 4, exact=True))
+    ledger.ended(child, "task", Report(9, 8, 7 * MIB, 60, 5, 4))
+    ledger.ended(child, "task", Report(9, 8, 7 * MIB, 50, 5, 4))
     ledger.trimmed(child, Report(9, 8, 7 * MIB, 0, 0, 4), 11)
     [row] = ledger.table()
     assert row.pop("age") < 10

@@ -37,10 +37,10 @@ def child_meter(trim_idle=None):
 def large(mib):
     bytearray(mib * MIB)
 
-def measure(meter, task, *args, little=False):
+def measure(meter, task, *args, known=False):
     meter.begin()
     if meter.doubtful:
-        meter.watch(little=little)
+        meter.watch(known=known)
     result = task(*args)
     return wire.Report.unpack(meter.end()), result
 
@@ -72,6 +72,7 @@ linux_only = pytest.mark.skipif(
 def test_each_task_has_its_own_peak(task):
     """Large or small, and small after large: the peak is what this task needed."""
     run(f"""
+        module.START_SECONDS = 0  # what was free before the first task is to be known
         meter = child_meter()
         for mib in (1, 200, 2, 50, 1, 120, 30, 3):
             close(measure(meter, {task}, mib)[0], mib)
@@ -83,11 +84,30 @@ def test_room_in_pythons_arenas_is_a_tasks_own():
     """Small objects that find unused pools count as well; where they may find more than that, it is said."""
     run("""
         meter = child_meter()
-        for mib in (40, 3, 100, 7, 20, 3):
+        for mib in (40, 3, 100, 7, 20, 3, 2):
             close(measure(meter, tiny, mib)[0], mib)
         kept = measure(meter, tiny, 60, 100)[1]
         report, _ = measure(meter, tiny, 30)
         assert not report.exact and report.peak < 30 * MIB, report
+    """)
+
+
+@linux_only
+def test_room_in_arenas_that_were_not_looked_at_again():
+    """Nobody knows then how much of it there is, so nothing is exact."""
+    run("""
+        module.DOUBT_BYTES = 4 * MIB  # what is free in the heap does not matter here
+        meter = child_meter()
+        kept = measure(meter, tiny, 60, 1)[1]
+        measure(meter, large, 50)  # then they were
+        meter._looking.allowed = lambda: False
+        def drop():
+            kept[:] = kept[::50]
+            bytearray(50 * MIB)
+        measure(meter, drop)
+        for _ in range(3):
+            report, _ = measure(meter, tiny, 30)
+            assert not report.exact and report.peak < 30 * MIB, report
     """)
 
 
@@ -118,6 +138,22 @@ def test_a_result_that_goes_after_the_report():
         assert large_one.resident - quiet.resident > 45 * MIB, (large_one, quiet)
         if sys.platform == "linux":
             close(measure(meter, large, 30)[0], 30)
+    """)
+
+
+def test_what_is_repeated_is_what_was_said_last():
+    """The worker has nothing else: the report itself is not sent again."""
+    run("""
+        meter = child_meter()
+        said, repeated = None, 0
+        for number in range(300):
+            meter.begin()
+            if number % 7 == 0:
+                tiny(1)
+            last, said = said, meter.end()
+            assert not meter.repeated or said == last, number
+            repeated += meter.repeated
+        assert repeated > 100, repeated
     """)
 
 
@@ -152,10 +188,10 @@ def test_writing_to_what_was_shared_is_seen_soon():
                 for at, _ in zip(pages, range(100)):
                     model[at] = 1
             for _ in range(200):
-                report, _ = measure(meter, write, little=True)
+                report, _ = measure(meter, write, known=True)
             deadline = time.monotonic() + 10
             while abs(report.private - private_bytes()) > 3 * MIB and time.monotonic() < deadline:
-                report, _ = measure(meter, sum, range(10000), little=True)
+                report, _ = measure(meter, sum, range(10000), known=True)
             assert abs(report.private - private_bytes()) <= 3 * MIB, (report, private_bytes())
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
@@ -208,16 +244,17 @@ def test_what_may_be_hidden_and_was_not_looked_at_is_a_lower_bound():
 
 
 @linux_only
-def test_what_is_known_to_need_little_is_let_off():
+def test_what_is_known_is_let_off():
     """Heap is looked at once in 1024 such tasks, their peak is a lower bound; for others it is each time."""
     run("""
         looks = []
-        real = module._heap_pages
-        module._heap_pages = lambda: looks.append(1) or real()
+        real = module.heap.pages
+        module.heap.pages = lambda: looks.append(1) or real()
         module.START_SECONDS = 100  # so that nothing else looks at it
         meter = child_meter()
         kept = measure(meter, small, 100, 100)[1]
-        exact = [measure(meter, int, little=True)[0].exact for _ in range(2048)]
+        looks.clear()
+        exact = [measure(meter, int, known=True)[0].exact for _ in range(2048)]
         assert len(looks) == 4 and sum(exact) == 2, (looks, sum(exact))
         close(measure(meter, small, 50)[0], 50)
         assert len(looks) == 6
@@ -230,8 +267,8 @@ def test_looks_are_kept_to_a_share_of_the_time():
     run("""
         module.ALLOWANCE_SECONDS = 0.02
         looks = []
-        real = module._heap_pages
-        module._heap_pages = lambda: looks.append(1) or real()
+        real = module.heap.pages
+        module.heap.pages = lambda: looks.append(1) or real()
         meter = child_meter()
         kept = measure(meter, small, 300, 100)[1]
         began = time.process_time()
@@ -372,4 +409,44 @@ def test_without_a_descriptor_left_it_goes_on():
         time.sleep(0.3)
         measure(meter, lambda: taken.append(bytearray(20 * MIB)))
         meter.trim()
+    """)
+
+
+@linux_only
+def test_what_is_freed_in_the_heap_later_is_free_heap():
+    """A task has kept much, another one drops it: those that use it afterwards have their peaks."""
+    run("""
+        meter = child_meter()
+        held = []
+        def keep():
+            held.append(small(40, 1))
+            held.append(bytes(500_000))  # at the end of the heap
+        measure(meter, keep)
+        measure(meter, lambda: held.pop(0) and None)
+        reports = [measure(meter, small, 30)[0] for _ in range(20)]
+        wrong = [report for report in reports if report.exact and abs(report.peak - 30 * MIB) > MIB // 2]
+        assert not wrong, wrong
+        assert any(report.exact for report in reports)
+    """)
+
+
+@linux_only
+def test_a_trim_is_worth_it_when_there_is_more_to_win():
+    """Also where the process has not grown since the last one; not where that has won nothing."""
+    run("""
+        module.START_SECONDS = 0
+        meter = child_meter()
+        held = []
+        measure(meter, lambda: held.append(small(40, 1)) or held.append(bytes(500_000)))
+        meter.trim()
+        measure(meter, int)
+        assert not meter.worth_trimming
+        measure(meter, held.pop, 0)
+        deadline = time.monotonic() + 20
+        while not meter.worth_trimming and time.monotonic() < deadline:
+            measure(meter, sum, range(100000))
+        assert meter.worth_trimming
+        won, _ = meter.trim()
+        assert won > 30 * MIB, won
+        assert not meter.worth_trimming
     """)

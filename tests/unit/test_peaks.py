@@ -55,14 +55,32 @@ def test_what_needs_little():
     def needs_little_after(*entries):
         for mib, exact in entries:
             record.add("task", int(mib * 1024**2), exact=exact)
-        return record.is_little("task")
+        return record.is_known("task")
 
-    assert not record.is_little("task")
+    assert not record.is_known("task")
     assert not needs_little_after((0, True), (1, True), (0.5, False))
     assert needs_little_after((0, True))
     assert not needs_little_after((2, False))
     assert not needs_little_after(*[(0, True)] * 3)
     assert needs_little_after((0, False))
+
+
+def test_what_needs_the_same_each_time():
+    """Four exact peaks in a row that are alike; lower bounds do not count, unless they are above that."""
+    record = Peaks()
+
+    def known_after(*entries):
+        for mib, exact in entries:
+            record.add("task", int(mib * 1024**2), exact=exact)
+        return record.is_known("task")
+
+    assert not known_after((100, True), (101, True), (98, True), (50, False))
+    assert known_after((100, True))
+    assert known_after((0, False), (100, False))
+    assert not known_after((120, False))
+    assert not known_after(*[(100, True)] * 3, (120, True))
+    assert not known_after((120, True), (120, True))
+    assert known_after((120, True))
 
 
 def test_there_is_an_end_to_names(monkeypatch):

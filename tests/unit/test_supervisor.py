@@ -1,149 +1,189 @@
-"""When children start and leave: the supervisor's rules, one by one and under any sequence of events."""
+"""When tasks begin, and when children start and leave: the supervisor's rules, one by one.
+
+Under any sequence of events they are tested in ``test_model``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
 
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+import pytest
 
+from memsafe_pool.machine import Fleet, SimulatedChild, Work
+from memsafe_pool.recycle import Rules
+from memsafe_pool.reservations import Estimate
+from memsafe_pool.room import Look, Room, Seen
 from memsafe_pool.supervisor import (
+    AMPLE_BYTES,
     BACKOFF_SECONDS,
     MAX_FAILED_ROUNDS,
+    TRIAL_BYTES,
+    TRIAL_SECONDS,
     Done,
+    Give,
     Gone,
+    Kill,
+    Looked,
+    Measure,
+    Outdated,
     Resized,
     Retire,
     Start,
     StopWorker,
+    Stuck,
     Supervisor,
     Tick,
     Up,
     Waiting,
 )
 
+MIB = 1 << 20
+GIB = 1 << 30
 
-@dataclass(eq=False)
-class Child:
-    """A child that exists in the test only."""
-
-    number: int
-    born: float
-    tasks: int = 0
-    private_bytes: int = 0
-    idle_since: float = 0.0
+RULES = {"max_tasks", "max_private_bytes", "max_growth_bytes", "max_age"}
 
 
-@dataclass
-class SimulatedFleet:
-    """Children by what they do, as the engine keeps them."""
-
-    starting_children: list[Child] = field(default_factory=list)
-    idle: list[Child] = field(default_factory=list)
-    busy: list[Child] = field(default_factory=list)
-    leaving_children: list[Child] = field(default_factory=list)
-
-    @property
-    def size(self):
-        return len(self.starting_children) + len(self.idle) + len(self.busy) + len(self.leaving_children)
-
-    @property
-    def starting(self):
-        return len(self.starting_children)
-
-    @property
-    def leaving(self):
-        return len(self.leaving_children)
+def task(reserved=1, most=None, *, name="add", alone=False, redeliverable=True):
+    """A task that needs so many MiB; None is unknown."""
+    work = Work(name, [(1.0, 0)], redeliverable=redeliverable)
+    if reserved is not None:
+        work.estimate = Estimate(reserved * MIB, (most or reserved) * MIB, known=True)
+    work.alone = alone
+    return work
 
 
 class Pool:
-    """What the engine does, without processes: it carries the supervisor's decisions out at once."""
+    """What the engine does, without processes: it carries the supervisor's decisions out at once.
 
-    def __init__(self, **rules):
-        self.fleet = SimulatedFleet()
-        self.supervisor = Supervisor(self.fleet, **rules)
+    Unless it is ``cold`` a child was ready before, so that what one costs is known.
+    ``used`` is what memory is found to be used, in MiB, when it is looked at; ``grown`` of that by each task.
+    """
+
+    def __init__(self, *, budget=1000 * GIB, child=0, cold=False, **options):
+        self.fleet = Fleet()
+        self.waiting = deque()
+        self.room = Room(budget, child)
+        rules = Rules(**{name: options.pop(name) for name in RULES & set(options)})
+        self.supervisor = Supervisor(self.fleet, self.waiting, self.room, rules=rules, **options)
         self.now = 1000.0
-        self.waiting = 0
+        self.used = 0
+        self.grown = {}
+        self.running = {}
         self.stopped = False
-        self.born = 0
+        if not cold:
+            self.supervisor.handle(Up(), self.now)
+
+    @property
+    def starting(self):
+        return [child for child in self.fleet.children if child.state == "starting"]
+
+    @property
+    def leaving(self):
+        return [child for child in self.fleet.children if child.state == "leaving"]
+
+    @property
+    def busy(self):
+        return [child for child in self.fleet.children if child.state == "busy"]
+
+    def look(self):
+        seen = [Seen(work, self.grown.get(work, 0) * MIB) for work in self.running.values()]
+        return Look(self.now, self.room.budget - self.used * MIB, seen)
 
     def decide(self, event):
-        actions = self.supervisor.handle(event, self.now)
-        for action in actions:
+        """Return what was decided, but for looks at memory."""
+        actions, told = deque(self.supervisor.handle(event, self.now)), []
+        while actions:
+            action = actions.popleft()
+            if isinstance(action, Measure):
+                actions.extend(self.supervisor.handle(Looked(self.look()), self.now))
+                continue
+            told.append(action)
             if isinstance(action, Start):
-                self.fleet.starting_children += [Child(self.born + n, self.now) for n in range(action.count)]
-                self.born += action.count
+                for _ in range(action.count):
+                    child = SimulatedChild(self.fleet.size, self.now, 0)
+                    self.fleet.move(child, "starting")
+            elif isinstance(action, Give):
+                self.waiting.remove(action.task)
+                self.begin(self.fleet.idle[-1], action.task)
             elif isinstance(action, Retire):
-                place = self.fleet.idle if action.child in self.fleet.idle else self.fleet.busy
-                place.remove(action.child)
-                self.fleet.leaving_children.append(action.child)
-            else:
+                assert action.child not in self.running
+                self.fleet.move(action.child, "leaving")
+            elif isinstance(action, StopWorker):
                 self.stopped = True
-        return actions
+        return told
 
-    def submit(self):
+    def begin(self, child, work):
+        self.fleet.move(child, "busy")
+        self.running[child] = work
+
+    def submit(self, work=None):
         """A task arrives."""
-        if self.fleet.idle:
-            self.fleet.busy.append(self.fleet.idle.pop())
+        work = work or task()
+        work.since = self.now
+        if not self.waiting and self.fleet.idle and self.supervisor.admit(work, self.now):
+            self.begin(self.fleet.idle[-1], work)
             return []
-        self.waiting += 1
-        return self.decide(Waiting(self.waiting))
+        self.waiting.append(work)
+        return self.decide(Waiting())
+
+    def burst(self, number):
+        """So many tasks arrive at once."""
+        self.waiting.extend(task() for _ in range(number))
+        return self.decide(Waiting())
 
     def next(self, child):
         """A child that is in ``busy`` has no task any more."""
         actions = self.decide(Done(child)) if self.supervisor.watches_tasks else []
-        if child in self.fleet.leaving_children:
+        if child.state == "leaving":
             return actions
-        if self.waiting:
-            self.waiting -= 1
-        else:
-            self.fleet.busy.remove(child)
-            self.fleet.idle.append(child)
-            child.idle_since = self.now
-        return actions
+        if self.waiting and self.supervisor.admit(self.waiting[0], self.now):
+            self.begin(child, self.waiting.popleft())
+            return actions
+        self.fleet.move(child, "idle")
+        child.idle_since = self.now
+        return actions + (self.decide(Waiting()) if self.waiting else [])
 
     def up(self, child):
-        actions = self.decide(Up())
-        self.fleet.starting_children.remove(child)
-        self.fleet.busy.append(child)
-        return actions + self.next(child)
+        self.fleet.move(child, "idle")
+        child.idle_since = self.now
+        return self.decide(Up())
 
     def done(self, child, private_bytes=0):
         child.tasks += 1
-        child.private_bytes = private_bytes
+        child.kept = private_bytes
+        self.supervisor.ended(self.running.pop(child))
         return self.next(child)
 
     def gone(self, child):
-        failed = child in self.fleet.starting_children
-        for place in (
-            self.fleet.starting_children,
-            self.fleet.idle,
-            self.fleet.busy,
-            self.fleet.leaving_children,
-        ):
-            if child in place:
-                place.remove(child)
-        return self.decide(Gone(failed, child.born, self.waiting))
+        failed = child.state == "starting"
+        self.fleet.move(child, "gone")
+        if child in self.running:
+            self.supervisor.ended(self.running.pop(child))
+        return self.decide(Gone(failed, child.born, child))
 
     def tick(self, seconds=1.0):
         self.now += seconds
-        return self.decide(Tick(self.waiting))
+        return self.decide(Tick())
 
     def resize(self, bound):
-        return self.decide(Resized(bound, self.waiting))
+        return self.decide(Resized(bound))
 
     def with_children(self, number):
         """Let so many children be idle, the first of them the longest."""
-        for _ in range(number):
-            self.submit()
-        for child in list(self.fleet.starting_children):
+        bound, self.supervisor.bound = self.supervisor.bound, number
+        self.burst(number)
+        for child in self.starting:
             self.up(child)
-        for child in list(self.fleet.busy):
+        for child in self.busy:
             self.now += 1
             self.done(child)
+        self.supervisor.bound = bound
         assert len(self.fleet.idle) == number
         return list(self.fleet.idle)
+
+
+def reasons(actions):
+    return {action.child: action.reason for action in actions if isinstance(action, Retire)}
 
 
 # Start
@@ -159,11 +199,9 @@ def test_nothing_starts_for_nothing():
 def test_a_burst_starts_at_once():
     """Each waiting task that no starting child is for gets a child, all in one go."""
     pool = Pool(bound=10)
-    pool.waiting = 7
-    assert pool.decide(Waiting(7)) == [Start(7)]
-    assert pool.decide(Waiting(7)) == []
-    pool.waiting = 9
-    assert pool.decide(Waiting(9)) == [Start(2)]
+    assert pool.burst(7) == [Start(7)]
+    assert pool.decide(Waiting()) == []
+    assert pool.burst(2) == [Start(2)]
 
 
 def test_one_task_after_the_other_starts_one_child_each():
@@ -176,12 +214,11 @@ def test_one_task_after_the_other_starts_one_child_each():
 def test_never_more_than_the_bound():
     """Tasks beyond the bound wait; leaving children still count, as their memory does."""
     pool = Pool(bound=3, max_tasks=1)
-    pool.waiting = 9
-    assert pool.decide(Waiting(9)) == [Start(3)]
-    for child in list(pool.fleet.starting_children):
+    assert pool.burst(9) == [Start(3)]
+    for child in pool.starting:
         pool.up(child)
-    assert pool.waiting == 6
-    first, *_ = pool.fleet.busy
+    assert len(pool.waiting) == 6
+    first, *_ = pool.busy
     [retired] = pool.done(first)
     assert retired.child is first
     assert pool.tick() == []
@@ -193,7 +230,7 @@ def test_the_minimum_starts_by_itself():
     pool = Pool(bound=5, min_children=2)
     assert pool.tick() == [Start(2)]
     assert pool.tick() == []
-    for child in list(pool.fleet.starting_children):
+    for child in pool.starting:
         pool.up(child)
     assert pool.gone(pool.fleet.idle[0]) == [Start(1)]
 
@@ -202,10 +239,10 @@ def test_the_minimum_is_within_the_bound():
     """A bound lowered below the minimum holds."""
     pool = Pool(bound=3, min_children=3)
     pool.tick()
-    for child in list(pool.fleet.starting_children):
+    for child in pool.starting:
         pool.up(child)
     assert len(pool.resize(1)) == 2
-    for child in list(pool.fleet.leaving_children):
+    for child in pool.leaving:
         assert pool.gone(child) == []
     assert pool.fleet.size == 1
 
@@ -228,7 +265,7 @@ def test_work_starts_the_clock_again():
     first, second = pool.with_children(2)
     pool.now += 50
     pool.submit()
-    assert pool.fleet.busy == [second]
+    assert pool.busy == [second]
     pool.done(second)
     assert pool.tick(30) == [Retire(first, "idle for 81 s")]
     assert pool.fleet.idle == [second]
@@ -263,11 +300,11 @@ def test_a_childs_share_of_tasks():
     pool = Pool(bound=1, max_tasks=2)
     for _ in range(3):
         pool.submit()
-    [child] = pool.fleet.starting_children
+    [child] = pool.starting
     pool.up(child)
     assert pool.done(child) == []
     assert pool.done(child) == [Retire(child, "2 tasks done, at most 2 per child")]
-    assert pool.waiting == 1
+    assert len(pool.waiting) == 1
     assert pool.gone(child) == [Start(1)]
 
 
@@ -299,7 +336,7 @@ def test_shrink_retires_idle_children_at_once_and_busy_ones_after_their_task():
     first, second, third, fourth = pool.with_children(4)
     pool.submit()
     pool.submit()
-    assert pool.fleet.busy == [fourth, third]
+    assert set(pool.busy) == {fourth, third}
     assert pool.resize(1) == [
         Retire(first, "at most 1 children"), Retire(second, "at most 1 children"),
     ]  # fmt: skip
@@ -334,7 +371,7 @@ def test_a_failed_start_is_tried_again_after_a_while():
     pool = Pool(bound=1)
     pool.submit()
     for seconds in (1, 2, 4):
-        [child] = pool.fleet.starting_children
+        [child] = pool.starting
         pool.now += 0.1
         assert pool.gone(child) == []
         assert pool.tick(seconds - 0.01) == []
@@ -346,7 +383,7 @@ def test_children_started_together_fail_together():
     pool = Pool(bound=8)
     for _ in range(8):
         pool.submit()
-    for child in list(pool.fleet.starting_children):
+    for child in pool.starting:
         pool.now += 0.1
         assert pool.gone(child) == []
     assert not pool.stopped
@@ -362,7 +399,7 @@ def test_the_worker_stops_when_no_child_ever_starts():
     for round_number in range(1, MAX_FAILED_ROUNDS + 1):
         assert not pool.stopped
         pool.now += 0.1
-        actions = [action for child in list(pool.fleet.starting_children) for action in pool.gone(child)]
+        actions = [action for child in pool.starting for action in pool.gone(child)]
         if round_number < MAX_FAILED_ROUNDS:
             assert actions == []
             pool.tick(BACKOFF_SECONDS[1])
@@ -373,12 +410,13 @@ def test_a_child_that_comes_up_clears_the_record():
     """Failures with successes in between do not add up."""
     pool = Pool(bound=2)
     for _ in range(3 * MAX_FAILED_ROUNDS):
-        pool.waiting = 2
+        pool.waiting.extend([task(), task()])
         pool.tick(BACKOFF_SECONDS[1])
-        good, bad = pool.fleet.starting_children
+        good, bad = pool.starting
         pool.now += 0.1
         pool.up(good)
         pool.gone(bad)
+        pool.waiting.clear()
         pool.gone(good)
     assert not pool.stopped
 
@@ -388,7 +426,7 @@ def test_the_longest_wait_is_bounded():
     pool = Pool(bound=1)
     pool.submit()
     for _ in range(40):
-        [child] = pool.fleet.starting_children
+        [child] = pool.starting
         pool.now += 0.1
         pool.gone(child)
         assert pool.tick(BACKOFF_SECONDS[1]) == [Start(1)]
@@ -398,204 +436,338 @@ def test_other_deaths_are_no_failures():
     """A child that ends after it was ready is replaced at once, as often as it happens."""
     pool = Pool(bound=1)
     for _ in range(10):
-        pool.submit()
-        pool.submit()
-        [child] = pool.fleet.starting_children or pool.fleet.busy
-        if child in pool.fleet.starting_children:
-            pool.up(child)
+        pool.burst(2)
+        [child] = pool.starting
+        pool.up(child)
         assert pool.gone(child) == [Start(1)]
-        pool.waiting = 0
-        [child] = pool.fleet.starting_children
+        [child] = pool.starting
         pool.up(child)
         pool.gone(child)
     assert not pool.stopped
 
 
-# Any sequence of events
+# Begin
 
 
-class AnySequence(RuleBasedStateMachine):
-    """Drives the supervisor through whatever can happen, and keeps the account of failures a second time."""
-
-    @initialize(
-        bound=st.integers(1, 6),
-        minimum=st.integers(0, 3),
-        idle_timeout=st.sampled_from([None, 0.0, 5.0, 60.0]),
-        max_tasks=st.sampled_from([None, 1, 3]),
-        max_private_bytes=st.sampled_from([None, 100]),
-    )
-    def begin(self, bound, minimum, idle_timeout, max_tasks, max_private_bytes):
-        self.pool = Pool(
-            bound=bound,
-            min_children=min(minimum, bound),
-            idle_timeout=idle_timeout,
-            max_tasks=max_tasks,
-            max_private_bytes=max_private_bytes,
-        )
-        self.rules = self.pool.supervisor
-        self.rounds = 0
-        self.last_failure = self.blocked_until = float("-inf")
-        self.looked_at = float("-inf")
-
-    @property
-    def fleet(self):
-        return self.pool.fleet
-
-    def step(self):
-        """No two things happen at exactly the same time."""
-        self.pool.now += 0.001
-
-    def check(self, before, actions, *, looked=True):
-        """What holds for the actions that follow any event."""
-        for action in actions:
-            if isinstance(action, Start):
-                assert action.count > 0
-                assert self.pool.now >= self.blocked_until, "started during the back-off"
-                assert self.fleet.size <= self.rules.bound, "more children than the bound"
-                needed = max(self.pool.waiting, self.rules.min_children)
-                assert self.fleet.starting <= needed, "more children than there is work for"
-            elif isinstance(action, Retire):
-                assert action.child in before, "retired a child that is neither idle nor just done"
-        assert len({id(action.child) for action in actions if isinstance(action, Retire)}) == sum(
-            isinstance(action, Retire) for action in actions
-        )
-        assert sum(isinstance(action, Start) for action in actions) <= 1, "not all at once"
-        if looked:
-            self.looked_at = self.pool.now
-
-    @rule(number=st.integers(1, 8))
-    def tasks_arrive(self, number):
-        for _ in range(number):
-            self.step()
-            self.check([], self.pool.submit())
-
-    @rule(number=st.integers(1, 8))
-    def tasks_arrive_at_once(self, number):
-        if self.fleet.idle:
-            return
-        self.step()
-        self.pool.waiting += number
-        self.check([], self.pool.decide(Waiting(self.pool.waiting)))
-
-    @rule()
-    def waiting_tasks_are_withdrawn(self):
-        """The connection to the broker was lost."""
-        self.pool.waiting = 0
-
-    @precondition(lambda self: self.fleet.starting_children)
-    @rule(data=st.data())
-    def a_child_comes_up(self, data):
-        child = data.draw(st.sampled_from(self.fleet.starting_children))
-        self.step()
-        self.rounds = 0
-        self.check([child], self.pool.up(child), looked=False)
-
-    @precondition(lambda self: self.fleet.size > self.fleet.leaving)
-    @rule()
-    def all_work_gets_done(self):
-        """Every child comes up and ends its task, until nothing waits."""
-        for _ in range(100):
-            if not self.fleet.starting_children and not self.fleet.busy:
-                break
-            for child in list(self.fleet.starting_children):
-                self.step()
-                self.rounds = 0
-                self.check([child], self.pool.up(child), looked=False)
-            for child in list(self.fleet.busy):
-                self.step()
-                self.check([child], self.pool.done(child), looked=False)
-
-    @precondition(lambda self: self.fleet.starting_children)
-    @rule(data=st.data())
-    def a_child_fails_to_start(self, data):
-        child = data.draw(st.sampled_from(self.fleet.starting_children))
-        self.step()
-        new_round = child.born >= self.last_failure
-        if new_round:
-            self.last_failure = self.pool.now
-            self.rounds += 1
-            first, longest = BACKOFF_SECONDS
-            self.blocked_until = self.pool.now + min(first * 2 ** (self.rounds - 1), longest)
-        actions = self.pool.gone(child)
-        assert any(isinstance(action, StopWorker) for action in actions) == (
-            new_round and self.rounds >= MAX_FAILED_ROUNDS
-        )
-        self.check([], actions)
-
-    @precondition(lambda self: self.fleet.busy)
-    @rule(data=st.data(), private_bytes=st.sampled_from([0, 100, 101]))
-    def a_task_ends(self, data, private_bytes):
-        child = data.draw(st.sampled_from(self.fleet.busy))
-        self.step()
-        surplus = self.fleet.size - self.fleet.leaving > self.rules.bound
-        actions = self.pool.done(child, private_bytes)
-        self.check([child], actions, looked=False)
-        due = (
-            surplus
-            or bool(self.rules.max_tasks and child.tasks >= self.rules.max_tasks)
-            or bool(self.rules.max_private_bytes and private_bytes > self.rules.max_private_bytes)
-        )
-        assert any(isinstance(action, Retire) for action in actions) == due
-
-    @precondition(lambda self: self.fleet.busy or self.fleet.idle or self.fleet.leaving_children)
-    @rule(data=st.data())
-    def a_child_ends(self, data):
-        """It is killed, or leaves as it was told to."""
-        child = data.draw(st.sampled_from([*self.fleet.busy, *self.fleet.idle, *self.fleet.leaving_children]))
-        self.step()
-        actions = self.pool.gone(child)
-        assert not any(isinstance(action, StopWorker) for action in actions)
-        self.check([], actions)
-
-    @rule(seconds=st.sampled_from([0.5, 1.0, 4.9, 5.1, 31.0, 61.0]))
-    def time_passes(self, seconds):
-        idle, staying = list(self.fleet.idle), self.fleet.size - self.fleet.leaving
-        self.step()
-        actions = self.pool.tick(seconds)
-        self.check(idle, actions)
-        retired = [action.child for action in actions if isinstance(action, Retire)]
-        timeout, now = self.rules.idle_timeout, self.pool.now
-        assert timeout is not None or not retired
-        assert all(now - child.idle_since >= timeout for child in retired), "retired before the timeout"
-        assert not retired or staying - len(retired) >= self.rules.min_children, "retired below the minimum"
-        assert retired == idle[: len(retired)], "retired a child that was used later than one that stays"
-        if timeout is not None and staying - len(retired) > self.rules.min_children:
-            overdue = [child for child in self.fleet.idle if now - child.idle_since >= timeout]
-            assert not overdue, "an idle child that should have gone"
-
-    @rule(bound=st.integers(0, 8))
-    def the_bound_moves(self, bound):
-        idle = list(self.fleet.idle)
-        self.step()
-        actions = self.pool.resize(bound)
-        self.check(idle, actions)
-        assert self.rules.bound == bound
-        retired = [action.child for action in actions if isinstance(action, Retire)]
-        assert retired == idle[: len(retired)], "retired a child that was used later than one that stays"
-
-    @invariant()
-    def nobody_idle_beyond_the_bound(self):
-        assert not self.fleet.idle or self.fleet.size - self.fleet.leaving <= self.rules.bound
-
-    @invariant()
-    def tasks_that_wait_get_children(self):
-        if self.looked_at < self.blocked_until:
-            return
-        assert self.fleet.starting >= self.pool.waiting or self.fleet.size >= self.rules.bound
-
-    @invariant()
-    def the_minimum_is_there(self):
-        if self.looked_at < self.blocked_until or self.looked_at == float("-inf"):
-            return
-        wanted = min(self.rules.min_children, self.rules.bound)
-        # A child that has done its share leaves before the next one starts.
-        assert self.fleet.size >= wanted
-
-    @invariant()
-    def the_longest_idle_is_first(self):
-        times = [child.idle_since for child in self.fleet.idle]
-        assert times == sorted(times)
+def test_a_task_begins_where_there_is_room():
+    """On an idle child, without asking twice; what it needs is set aside."""
+    pool = Pool(bound=4, budget=100 * MIB)
+    pool.with_children(2)
+    first, second = task(60), task(60)
+    assert pool.submit(first) == []
+    assert list(pool.running.values()) == [first]
+    pool.submit(second)
+    assert list(pool.waiting) == [second]
+    assert pool.supervisor.blocked is second
 
 
-AnySequence.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
-TestAnySequence = AnySequence.TestCase
+def test_alone_a_task_begins_whatever_it_needs():
+    """Nothing would ever change that."""
+    pool = Pool(bound=4, budget=100 * MIB)
+    pool.with_children(1)
+    pool.submit(task(500))
+    assert len(pool.running) == 1
+
+
+def test_before_that_idle_children_go():
+    """Where their memory is what it needs, and all but one are in the way."""
+    pool = Pool(bound=4, budget=100 * MIB)
+    children = pool.with_children(3)
+    for child in children:
+        child.kept = 20 * MIB
+    pool.used = 60
+    pool.tick()
+    big = task(75)
+    assert reasons(pool.submit(big)) == dict.fromkeys(children[:2], "memory is short")
+    assert not pool.running
+    pool.used = 40
+    assert pool.gone(children[0]) == []
+    pool.used = 20
+    assert pool.gone(children[1]) == [Give(big)]
+
+
+def test_a_child_that_is_given_a_task_is_not_in_the_way():
+    """Though the next task does not fit, and memory of idle children is what it lacks."""
+    pool = Pool(bound=2, budget=100 * MIB)
+    pool.with_children(2)
+    pool.tick()
+    small, mid, big = task(30), task(30), task(90)
+    pool.waiting.extend([small, mid, big])
+    assert pool.decide(Waiting()) == [Give(small), Give(mid)]
+
+
+def test_a_child_is_started_only_where_it_fits_with_its_task():
+    """Each new child costs memory, too, also those that are still starting."""
+    pool = Pool(bound=10, budget=100 * MIB, child=10 * MIB)
+    pool.waiting.extend(task(10) for _ in range(10))
+    assert pool.decide(Waiting()) == [Start(5)]
+    assert pool.decide(Waiting()) == []
+
+
+def test_memory_is_looked_at_when_a_child_is_up():
+    """What it costs is used only now."""
+    pool = Pool(bound=2, budget=100 * MIB, child=10 * MIB)
+    pool.waiting.extend([task(40), task(40)])
+    assert pool.decide(Waiting()) == [Start(2)]
+    first, second = pool.starting
+    pool.used = 50  # more than thought
+    assert len(pool.up(first)) == 1
+    assert pool.up(second) == []
+    assert len(pool.running) == 1
+
+
+def test_a_task_begins_when_others_give_their_memory_back():
+    """It is looked at now and then, as nobody tells."""
+    pool = Pool(bound=8, budget=100 * MIB)
+    pool.with_children(2)
+    pool.used = 50
+    pool.tick()
+    pool.submit(task(40))
+    pool.submit(second := task(40))
+    assert pool.supervisor.blocked is second
+    pool.used = 10
+    pool.tick()
+    assert pool.supervisor.blocked is None
+
+
+def test_smaller_tasks_pass_for_a_while():
+    """Then nothing begins before the one that has waited for so long."""
+    pool = Pool(bound=8, budget=100 * MIB, patience=10)
+    pool.with_children(4)
+    pool.submit(task(60))
+    pool.submit(big := task(90))
+    small, late = task(10), task(10)
+    assert pool.submit(small) == [Give(small)]
+    pool.now += 11
+    assert pool.submit(late) == []
+    assert pool.supervisor.blocked is big
+    for child in pool.busy:
+        pool.done(child)
+    assert big in pool.running.values()
+
+
+def test_one_that_waits_for_what_never_ends_does_not_stop_everything():
+    """It holds others up for a while, and lets them pass for a while, in turn; each time twice as long."""
+    pool = Pool(bound=8, budget=100 * MIB, patience=10)
+    pool.with_children(6)
+    pool.submit(task(60))
+    pool.submit(task(90))
+    held = []
+    for _ in range(26):
+        pool.now += 10
+        held.append(not pool.submit(small := task(1)))
+        if not held[-1]:
+            pool.done(next(child for child, work in pool.running.items() if work is small))
+        else:
+            pool.waiting.remove(small)
+    assert held == [False, *[True] * 5, *[False] * 6, *[True] * 12, False, False]
+
+
+def test_a_task_that_is_to_run_alone_waits_for_all_and_all_for_it():
+    """Even where there is room for both."""
+    pool = Pool(bound=4, budget=100 * MIB)
+    pool.with_children(3)
+    pool.submit(first := task(10))
+    pool.submit(single := task(10, alone=True))
+    assert pool.supervisor.blocked is single
+    pool.waiting.append(last := task(10))
+    pool.now += 100
+    [child] = pool.busy
+    pool.done(child)
+    assert list(pool.running.values()) == [single]
+    assert list(pool.waiting) == [last]
+    assert first not in pool.running.values()
+
+
+def test_unknown_tasks_begin_slowly_where_memory_is_scarce():
+    """As many as there are cores; twice as many each so many seconds; no more once one needs much."""
+    pool = Pool(bound=16, budget=AMPLE_BYTES, cores=2)
+    pool.with_children(16)
+    for _ in range(16):
+        pool.submit(task(None))
+    assert len(pool.running) == 2
+    pool.tick(TRIAL_SECONDS)
+    assert len(pool.running) == 4
+    pool.grown[next(iter(pool.running.values()))] = 2 * TRIAL_BYTES // MIB
+    pool.used = 50
+    pool.tick(TRIAL_SECONDS)
+    assert len(pool.running) == 4
+
+
+def test_unknown_tasks_begin_at_once_where_there_is_plenty():
+    """Enough for whatever most tasks need."""
+    pool = Pool(bound=16, budget=100 * AMPLE_BYTES, cores=2)
+    pool.with_children(16)
+    for _ in range(16):
+        pool.submit(task(None))
+    assert len(pool.running) == 16
+
+
+# Replace
+
+
+def test_a_grown_child_stays_until_its_replacement_is_ready():
+    """And goes when it is idle."""
+    pool = Pool(bound=1, max_growth_bytes=10 * MIB)
+    [child] = pool.with_children(1)
+    pool.supervisor.rules.max_age = 1e9  # so that ends of tasks are told
+    pool.submit()
+    assert pool.done(child, private_bytes=20 * MIB) == [Start(1)]
+    [fresh] = pool.starting
+    assert reasons(pool.up(fresh)) == {child: "grown by 20 MiB, at most 10 MiB per child"}
+
+
+def test_a_grown_child_that_works_goes_after_its_task():
+    """When its replacement is ready; it is never disturbed."""
+    pool = Pool(bound=1, max_growth_bytes=10 * MIB, max_age=1e9)
+    [child] = pool.with_children(1)
+    pool.submit()
+    pool.done(child, private_bytes=20 * MIB)
+    pool.submit()
+    [fresh] = pool.starting
+    assert pool.up(fresh) == []
+    assert reasons(pool.done(child, private_bytes=20 * MIB)) == {
+        child: "grown by 20 MiB, at most 10 MiB per child"
+    }
+
+
+def test_where_there_is_no_room_for_two_the_old_one_goes_first():
+    """The next one comes when there is work for it."""
+    pool = Pool(bound=1, budget=100 * MIB, child=50 * MIB, max_growth_bytes=10 * MIB, max_age=1e9)
+    [child] = pool.with_children(1)
+    pool.used = 80
+    pool.tick()
+    pool.submit()
+    assert list(reasons(pool.done(child, private_bytes=20 * MIB))) == [child]
+
+
+def test_children_are_replaced_one_after_the_other():
+    """Not all at once, though all have grown alike."""
+    pool = Pool(bound=4, max_growth_bytes=10 * MIB, max_age=1e9)
+    pool.with_children(4)
+    for _ in range(4):
+        pool.submit()
+    actions = [action for child in pool.busy for action in pool.done(child, private_bytes=20 * MIB)]
+    assert actions == [Start(1)]
+
+
+def test_outdated_children_go_at_once_when_nothing_runs():
+    """Else those that are idle may still be needed."""
+    pool = Pool(bound=2)
+    children = pool.with_children(2)
+    for child in children:
+        child.outdated = True
+    assert list(reasons(pool.decide(Outdated()))) == children
+
+
+# End a task
+
+
+def stuck(pool, running, headroom, coming=0):
+    seen = [Seen(work, grown * MIB, paused=True) for work, grown in running]
+    look = Look(pool.now, headroom * MIB, seen, coming=coming * MIB)
+    for work, _ in running:
+        pool.room.begin(work)
+    return pool.decide(Stuck(look))
+
+
+def test_the_newest_that_may_be_run_again_is_ended():
+    """Where that is enough for the oldest to go on."""
+    pool = Pool(bound=4, budget=1000 * MIB)
+    old, mid, new = task(400), task(400), task(400, redeliverable=False)
+    actions = stuck(pool, [(old, 300), (mid, 300), (new, 300)], 0)
+    assert actions == [Kill(mid, "nothing that runs can go on")]
+
+
+@pytest.mark.parametrize(
+    ("headroom", "left"), [(-10, 0), (0, 0), (20, 0), (30, 1), (59, 1), (60, 2), (90, 3)]
+)
+def test_children_that_start_go_before_a_task_does(headroom, left):
+    """The newest of them, as many as do not fit any more: nothing is lost with them."""
+    pool = Pool(bound=4, budget=1000 * MIB)
+    for born in (1, 3, 2):
+        child = SimulatedChild(pool.fleet.size, born, 0)
+        pool.fleet.move(child, "starting")
+    actions = stuck(pool, [(task(400), 900)], headroom, coming=90)
+    assert [action.child.born for action in actions] == [3, 2, 1][: 3 - left]
+    assert all(isinstance(action, Retire) for action in actions)
+
+
+def test_starts_are_given_up_once_for_each_look():
+    """Not by a look from before; and none is made for a second, in which memory comes back."""
+    pool = Pool(bound=4, budget=1000 * MIB)
+    pool.burst(3)
+    assert len(pool.starting) == 3
+    before = Look(pool.now, 0, coming=90 * MIB)
+    pool.now += 0.1
+    look = Look(pool.now, 60 * MIB, coming=90 * MIB)
+    assert [type(action) for action in pool.decide(Stuck(look))] == [Retire]
+    assert pool.decide(Stuck(before)) == []
+    pool.fleet.move(pool.leaving[0], "gone")
+    assert pool.tick(0.5) == []
+    assert pool.tick(0.6) == [Start(1)]
+
+
+def test_one_that_can_never_fit_is_ended_first():
+    """The others need not pay for it."""
+    pool = Pool(bound=4, budget=1000 * MIB)
+    giant, small = task(100), task(100)
+    assert stuck(pool, [(giant, 990), (small, 50)], -60) == [Kill(giant, "it can not fit, not even alone")]
+
+
+def test_the_largest_is_ended_where_no_one_is_enough():
+    """Then at least much comes back."""
+    pool = Pool(bound=4, budget=1000 * MIB)
+    old, big, new = task(900), task(100), task(100)
+    assert stuck(pool, [(old, 100), (big, 400), (new, 200)], 0) == [Kill(big, "nothing that runs can go on")]
+
+
+def test_one_that_is_paused_for_too_long_is_ended():
+    """The one that waits the longest; what runs beside it may never end."""
+    pool = Pool(bound=4, budget=1000 * MIB, max_pause=60)
+    running, first, second = task(100), task(100), task(100)
+    for work in (running, first, second):
+        pool.room.begin(work)
+    first.paused_at, second.paused_at = pool.now, pool.now + 1
+    assert not [action for action in pool.tick(59) if isinstance(action, Kill)]
+    [kill] = [action for action in pool.tick(2) if isinstance(action, Kill)]
+    assert kill == Kill(first, "it was paused for 61 s, at most 60 s (memsafe_max_pause)")
+    pool.supervisor.max_pause = None
+    assert not [action for action in pool.tick(1e6) if isinstance(action, Kill)]
+
+
+def test_nothing_is_ended_where_nothing_runs():
+    """It has ended meanwhile."""
+    pool = Pool(bound=4)
+    assert stuck(pool, [], 0) == []
+
+
+@pytest.mark.parametrize("reserved", [None, 5])
+def test_what_was_set_aside_is_free_when_a_task_has_ended(reserved):
+    """Nothing is left of it."""
+    pool = Pool(bound=2, budget=100 * MIB)
+    [child] = pool.with_children(1)
+    pool.submit(task(reserved))
+    pool.done(child)
+    assert pool.room.pending == 0
+    assert not pool.supervisor._trials
+
+
+def test_an_outdated_child_that_is_idle_for_long_goes_once():
+    """For one of the two reasons; the others do not go below the minimum for it."""
+    pool = Pool(bound=3, idle_timeout=10, min_children=1)
+    outdated, other, last = pool.with_children(3)
+    outdated.outdated = True
+    assert reasons(actions := pool.tick(100)) == {outdated: "the pool was restarted", other: "idle for 101 s"}
+    assert len(actions) == 2
+    assert pool.fleet.idle == [last]
+
+
+def test_what_a_child_costs_is_found_out_with_the_first_ones():
+    """Before that as many are started as there are cores, unless there is ample memory."""
+    pool = Pool(budget=GIB, child=12 * MIB, cold=True, bound=20, cores=2)
+    pool.waiting.extend(task() for _ in range(20))
+    assert pool.decide(Waiting()) == [Start(2)]
+    pool = Pool(budget=20 * GIB, child=12 * MIB, cold=True, bound=20, cores=2)
+    pool.waiting.extend(task() for _ in range(20))
+    assert pool.decide(Waiting()) == [Start(20)]

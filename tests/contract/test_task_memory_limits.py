@@ -1,0 +1,45 @@
+"""A task's own memory limits: the soft one tells it, the hard one gives it no more."""
+
+from __future__ import annotations
+
+import pytest
+
+from memsafe_pool import SoftMemoryLimitExceeded
+
+pytestmark = pytest.mark.ours_only("memory limits of tasks")
+
+
+@pytest.fixture(scope="module")
+def worker(start_module_worker, start_method):
+    return start_module_worker("bounded", start_method=start_method)
+
+
+def test_a_soft_limit_can_be_caught(worker):
+    assert worker.run("bounded.told", 100) == "told"
+    assert worker.run("bounded.told", 20) == 20
+    assert "its soft limit is 40 MiB" in worker.log()
+
+
+def test_a_soft_limit_that_is_not_caught_fails_the_task(worker):
+    result = worker.call("bounded.take", 100, headers={"memsafe_soft_limit": "40MiB"})
+    with pytest.raises(SoftMemoryLimitExceeded):
+        worker.get(result)
+    assert worker.run("bounded.take", 100) == 100
+
+
+def test_a_hard_limit_is_a_memory_error_in_the_task(worker):
+    """The task fails alone; its child goes on, without the limit."""
+    pid = worker.run("bounded.pid")
+    with pytest.raises(MemoryError):
+        worker.run("bounded.bounded", 100)
+    assert worker.run("bounded.bounded", 20) == 20
+    with pytest.raises(MemoryError):
+        worker.run("bounded.take", 100, headers={"memsafe_hard_limit": "60MiB"})
+    assert worker.run("bounded.take", 100) == 100
+    assert pid in worker.children()
+
+
+def test_a_wrong_limit_is_one_warning(worker):
+    for _ in range(2):
+        assert worker.run("bounded.take", 4, headers={"memsafe_hard_limit": "much"}) == 4
+    assert worker.log().count("memsafe_hard_limit='much' of the header of bounded.take is not valid") == 1

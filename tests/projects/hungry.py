@@ -1,0 +1,161 @@
+"""Tasks that need memory, as much and when the test says."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import folders  # noqa: F401  # makes the broker url folders:// known
+from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
+
+app = Celery("hungry")
+app.conf.update(json.loads(os.environ.get("TEST_CONFIG", "{}")))
+
+MIB = 1 << 20
+
+#: Seconds for each MiB: slow enough for a worker that waits for its turn on a machine with much to do.
+PACE = 0.004
+
+#: What tasks keep for ever.
+kept = []
+
+
+def grow(blocks, mib, pace=PACE):
+    """Have so much memory; in steps, as one that works on what it reads."""
+    while len(blocks) < mib:
+        blocks.append(bytearray(b"x") * MIB)
+        time.sleep(pace)
+
+
+def write(path, *words):
+    """Append a line, in one write."""
+    with open(path, "ab", buffering=0) as lines:
+        lines.write((" ".join(map(str, words)) + "\n").encode())
+
+
+def have(path, value, mib, seconds):
+    write(path, "began", value, os.getpid(), time.monotonic())
+    blocks = []
+    grow(blocks, mib)
+    time.sleep(seconds)
+    write(path, "ended", value, os.getpid(), time.monotonic())
+    return value
+
+
+@app.task
+def need(path, value, mib, seconds=0.1):
+    """Have so much memory for so long, and write when that begins and ends."""
+    return have(path, value, mib, seconds)
+
+
+@app.task(acks_late=True)
+def need_late(path, value, mib, seconds=0.1):
+    return have(path, value, mib, seconds)
+
+
+@app.task(acks_late=True, reject_on_worker_lost=True)
+def need_rejected(path, value, mib, seconds=0.1):
+    return have(path, value, mib, seconds)
+
+
+@app.task(memsafe_memory="150MiB")
+def declared(path, value, mib, seconds=0.1):
+    return have(path, value, mib, seconds)
+
+
+@app.task(memsafe_memory="a lot")
+def declared_wrongly(path, value, mib, seconds=0.1):
+    return have(path, value, mib, seconds)
+
+
+@app.task(memsafe_key=lambda path, value, mib, seconds=0.1: mib)
+def keyed(path, value, mib, seconds=0.1):
+    """Of one name, and of as many sizes as there are numbers."""
+    return have(path, value, mib, seconds)
+
+
+@app.task
+def keep(mib):
+    """Grow by this much for good; the pid is the result."""
+    grow(kept, len(kept) + mib)
+    return os.getpid()
+
+
+class Steps:
+    """A task that grows when the test says so.
+
+    In the folder: ``NAME.started`` when it runs, ``NAME.want`` for how much it is to have (MiB, and seconds
+    for each), ``NAME.has`` for what it has, ``NAME.open`` or ``open`` for it to end.
+    """
+
+    def __init__(self, folder, name):
+        self.folder, self.name = Path(folder), name
+        self.blocks = []
+
+    def run(self):
+        self.write("started", os.getpid())
+        while not (self.file("open").exists() or (self.folder / "open").exists()):
+            want = self.file("want")
+            if want.exists():
+                mib, pace = map(float, want.read_text().split())
+                if mib > len(self.blocks):
+                    grow(self.blocks, mib, pace)
+                    self.write("has", len(self.blocks))
+            time.sleep(0.01)
+
+    def file(self, kind):
+        return self.folder / f"{self.name}.{kind}"
+
+    def write(self, kind, text):
+        self.file("new").write_text(str(text))
+        self.file("new").replace(self.file(kind))
+
+
+@app.task
+def steps(folder, name):
+    """Grow as the test says; the pid is the result."""
+    Steps(folder, name).run()
+    return os.getpid()
+
+
+@app.task(acks_late=True)
+def steps_late(folder, name):
+    Steps(folder, name).run()
+    return os.getpid()
+
+
+@app.task
+def steps_softly(folder, name):
+    """As ``steps``; a soft time limit is its result."""
+    try:
+        Steps(folder, name).run()
+    except SoftTimeLimitExceeded:
+        return "caught"
+    return os.getpid()
+
+
+@app.task
+def steps_slowly_away(folder, name):
+    """As ``steps``; when it is terminated it needs a moment, and some memory, to clean up."""
+    steps_of = Steps(folder, name)
+    try:
+        steps_of.run()
+    except SystemExit:
+        grow(steps_of.blocks, len(steps_of.blocks) + 4, 0.1)
+        raise
+
+
+@app.task
+def scatter(mib):
+    """Leave so much free memory in the heap, with one block at its end that is in use."""
+    blocks = [b"x" * 100_000 for _ in range(mib * 10)]
+    kept[:] = blocks[-1:]
+    return os.getpid()
+
+
+@app.task
+def pid():
+    return os.getpid()
