@@ -307,8 +307,10 @@ class _Adoption:
     def open(self) -> None:
         if not self._open:
             self._before = native.get_child_subreaper()
-            native.set_child_subreaper(True)
+            # Before the flag is set: a child that dies wakes the worker, which starts another, while the
+            # kernel has yet to find new parents for what the dead one leaves.
             self._known_before = _own_children()
+            native.set_child_subreaper(True)
             self._open = True
 
     def close(self, known: list[int] | None = None) -> None:
