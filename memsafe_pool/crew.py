@@ -93,6 +93,8 @@ class Crew:
         self._watch = watch
         self._start_timeout = start_timeout
         self.start_method = make_start_method(self, origin)
+        # What was fallen back from: its process has to end, and to be reaped.
+        self._former: list[StartMethod] = []
 
     def attach(self, hub: Any) -> None:
         """Use this loop from now on."""
@@ -167,10 +169,17 @@ class Crew:
         """Start children by spawn from now on, these first."""
         if self._origin.app_name is None:
             self._listener.on_hopeless(f"{why} But a fresh interpreter can not import the app")
+            for child, sock in waiting:
+                sock.close()
+                self.start_failed(child, why)
             return
         logger.warning("%s", why)
+        self._former.append(self.start_method)
         self.start_method = Spawn(self, self._origin)
         for child, sock in waiting:
+            if child.state is not State.STARTING:
+                sock.close()
+                continue
             child.start_method = self.start_method.name
             self.start_method.start(child, sock)
 
@@ -204,7 +213,9 @@ class Crew:
         self.hub.call_later(seconds, self.post, self._kill_late, child)
 
     def _kill_late(self, child: Child) -> None:
-        if child.state is not State.GONE:
+        if not child.pid:
+            self._gone(child, None)  # nobody is going to say any more that it came to be
+        elif child.state is not State.GONE:
             child.signal_group(signal.SIGKILL)
 
     def stop(self, *, terminate: bool) -> None:
@@ -221,7 +232,13 @@ class Crew:
     @property
     def stopped(self) -> bool:
         """Whether no process is left."""
-        return not self.fleet.size and self.start_method.stopped
+        methods = (*self._former, self.start_method)
+        return not self.fleet.size and all(method.stopped for method in methods)
+
+    def hear(self, child: Child) -> None:
+        """Pass on all that a child has said until now."""
+        for message in child.link.read_rest():
+            self._listener.on_message(child, *message)
 
     def _on_readable(self, child: Child) -> None:
         if not self._read(child) and child.state is not State.GONE:
@@ -238,10 +255,10 @@ class Crew:
     def _on_link_ended(self, child: Child) -> None:
         """Reap a child whose socket has ended: the process may need a moment to be gone."""
         if not self._reap(child):
-            self.hub.call_later(0.05, self.post, self._cut_off, child)
+            self.hub.call_later(0.05, self.post, self.cut_off, child)
 
-    def _cut_off(self, child: Child) -> None:
-        """End a child that has lost its socket, and does not know."""
+    def cut_off(self, child: Child) -> None:
+        """End a child whose socket cannot be used any more; it may not know, or have ended."""
         if not self._reap(child) and child.state not in {State.LEAVING, State.GONE}:
             self.fleet.move(child, State.LEAVING)
             child.signal_group(signal.SIGTERM)
@@ -258,15 +275,14 @@ class Crew:
             pid, status = child.pid, None  # somebody else has reaped it
         if not pid:
             return False
-        for message in child.link.read_rest():  # what it has left behind
-            self._listener.on_message(child, *message)
+        self.hear(child)
         self._gone(child, None if status is None else os.waitstatus_to_exitcode(status))
         return True
 
     def _gone(self, child: Child, exitcode: int | None) -> None:
         if child.state is State.GONE:
             return
-        failed = child.state is State.STARTING and not child.expected
+        failed = not child.was_ready and not child.expected
         child.link.close()
         if child.sentinel >= 0:
             self.hub.remove(child.sentinel)
@@ -287,7 +303,8 @@ class Crew:
                     self._gone(child, None)
         for child in [child for child in self.fleet.children if child.sentinel < 0]:
             self._reap(child)
-        self.start_method.tick(now)
+        for method in (*self._former, self.start_method):
+            method.tick(now)
 
 
 def _log_end(child: Child, exitcode: int | None, *, failed: bool) -> None:

@@ -61,6 +61,12 @@ RETRY_SECONDS = 0.1
 #: A job that was with so many children that ended before they began it counts as lost.
 MAX_TRIES = 3
 
+#: Seconds that a child may take beyond a time limit to hand over what its task has returned.
+HAND_OVER_SECONDS = 1.0
+
+#: A look at memory is too old to end a task by after so many seconds: twice as many as pass until the next.
+STALE_SECONDS = 1.0
+
 
 class Engine:
     """A pool of children.
@@ -103,7 +109,7 @@ class Engine:
         self._tick_entry: Any = None
         self._retry_entry: Any = None
         self._closed = threading.Event()
-        self._time_limits = TimeLimits(lambda job, soft: self._mailbox.post(self._on_limit, job, soft))
+        self._time_limits = TimeLimits(lambda *passed: self._mailbox.post(self._on_limit, *passed))
         self._auto_growth = rules.max_growth_bytes is None
         terms = origin.terms
         self._trim_bytes: float = max(terms.trim_bytes, 1) if terms.trim_idle is not None else math.inf
@@ -162,12 +168,16 @@ class Engine:
 
     def _run_on(self, hub: Any) -> None:
         self._mailbox.own()
+        self._mailbox.post(self._attach, hub)
+
+    def _attach(self, hub: Any) -> None:
         self._mailbox.attach(hub)
         self.crew.attach(hub)
         if self._tick_entry is not None:
             self._tick_entry.cancel()
         # Through the mailbox: while the pool is joined, Celery fires its timers from another thread.
         self._tick_entry = hub.call_repeatedly(TICK_SECONDS, self._mailbox.post, self._tick)
+        self._catch_up(*self.fleet.children)
         self._time_limits.attach(hub, self.jobs.values())
         self.watch.start()
         self._retry_entry = None
@@ -227,7 +237,7 @@ class Engine:
             self._loop.stop()
         self._closed.set()
 
-    def _on_crash(self, exc: Exception) -> None:
+    def _on_crash(self, exc: BaseException) -> None:
         upstream.stop_worker(os.EX_SOFTWARE)
         self._closed.set()
 
@@ -306,7 +316,7 @@ class Engine:
         if not child.link.send(data):
             child.job = job.child = None
             self._released(child, job)
-            self.fleet.move(child, State.LEAVING)
+            self.crew.cut_off(child)
             self._give_again(job)
 
     def _released(self, child: Child, job: Job) -> None:
@@ -390,9 +400,20 @@ class Engine:
             child.job.resume(time.monotonic())
             self._time_limits.watch(child.job)
 
-    def _on_limit(self, job: Job, soft: bool) -> None:
+    def _on_limit(self, job: Job, soft: bool, again: bool) -> None:
         child = job.child
         if job.done or child is None or child.job is not job:
+            return
+        self._catch_up(child)
+        if job.ready() or child.job is not job:
+            return
+        limit = job.next_limit()
+        if limit is None or limit[0] > time.monotonic():
+            self._time_limits.watch(job)  # it was paused
+            return
+        if child.link.partial and not again:
+            # It has ended its task, and is handing over what that has returned.
+            self._time_limits.put_off(job, soft, HAND_OVER_SECONDS)
             return
         if soft:
             job.soft_limit_passed = True
@@ -400,12 +421,21 @@ class Engine:
             child.signal(signal.SIGUSR1)
             self._time_limits.watch(job)
         else:
-            limit = upstream.TimeLimitExceeded(job.limits[1])
-            self._finish(job, False, upstream.failed(limit))
+            self._finish(job, False, upstream.failed(upstream.TimeLimitExceeded(job.limits[1])))
             job.time_out(soft=False)
             self.crew.kill(child, signal.SIGTERM, after=HARD_LIMIT_SECONDS)
 
     # -- what children say
+
+    def _catch_up(self, *children: Child) -> None:
+        """Act on what has been said until now, before a deadline is.
+
+        The loop may have stood still for longer than that, as it does while Celery connects to the broker;
+        and it looks at its timers first.
+        """
+        self._mailbox.deliver()
+        for child in children:
+            self.crew.hear(child)
 
     def on_message(self, child: Child, kind: int, number: int, value: float, payload: memoryview) -> None:
         """Act on a message of a child, see ``wire``."""
@@ -432,7 +462,7 @@ class Engine:
             child.failure = bytes(payload).decode(errors="replace")
 
     def _on_up(self, child: Child, report: wire.Report) -> None:
-        child.report = report
+        child.report, child.was_ready = report, True
         child.first_private_bytes = report.private
         self.steward.learn_start(report.private)
         if child.state is not State.STARTING:
@@ -532,6 +562,7 @@ class Engine:
             self._finish(job, False, lost(job, exitcode))
         elif self.state == upstream.RUN:
             job.tries += 1
+            job.leave()
             self._give_again(job)
         else:
             self._forget(job)
@@ -584,6 +615,8 @@ class Engine:
     def _on_stuck(self, look: Look) -> None:
         if self._victim is not None or look.at < self._victim_left:
             return  # somebody is about to make room, or has made some since
+        if time.monotonic() - look.at > STALE_SECONDS:
+            return  # if it is still so, that is said again
         # Also when the pool is to end: it would not.
         for action in self.supervisor.handle(supervisor.Stuck(look), time.monotonic()):
             match action:

@@ -47,6 +47,7 @@ class Child:
         trims: How often it has given memory back; ``trimmed_bytes``: how much that was.
         generation: Children of an older generation than the engine's are to be replaced.
         start_method: How it was started.
+        was_ready: Whether it ever was ready for a task.
         expected: Whether its end is no news: it was told or made to end.
         outdated: Whether the pool was restarted since it was started.
         memory_error: Why it was ended, if that was for want of memory.
@@ -80,6 +81,7 @@ class Child:
         "tasks",
         "trimmed_bytes",
         "trims",
+        "was_ready",
     )
 
     def __init__(
@@ -103,7 +105,7 @@ class Child:
         self.ran: dict[str, int] = {}
         self.idle_since = 0.0
         self.job: Job | None = None
-        self.job_terminated = self.expected = False
+        self.job_terminated = self.expected = self.was_ready = False
         self.outdated = False
         self.failure: str | None = None
         self.memory_error: str | None = None

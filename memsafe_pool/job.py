@@ -55,7 +55,7 @@ class Job:
     __slots__ = (
         "__weakref__",
         "_callbacks",
-        "_paused_seconds",
+        "_pauses",
         "_propagate",
         "accepted_at",
         "alone",
@@ -111,7 +111,7 @@ class Job:
         self.alone = self.delivered_again = False
         self.paused_at: float | None = None
         self.resumed_at = 0.0
-        self._paused_seconds = 0.0
+        self._pauses: list[tuple[float, float]] = []
         self._callbacks = on_success, on_error, on_accept, on_timeout
         self._propagate = propagate
         self.limits = limits
@@ -164,16 +164,20 @@ class Job:
         """Let the clock of its time limits go on."""
         self.resumed_at = max(self.resumed_at, at)
         if self.paused_at is not None:
-            self._paused_seconds += at - self.paused_at
+            self._pauses.append((self.paused_at, at))
             self.paused_at = None
+
+    def leave(self) -> None:
+        """Forget the child that had it, and what became of it there."""
+        self.child = self.accepted_at = self.paused_at = None
+        self._pauses.clear()
+        self.grown = 0
+        self.soft_limit_passed = False
 
     def withdraw(self) -> None:
         """Make it a job that has not begun, to be run again."""
         upstream.withdraw(self.request)
-        self.child = self.accepted_at = self.paused_at = None
-        self._paused_seconds = 0.0
-        self.grown = 0
-        self.soft_limit_passed = False
+        self.leave()
 
     def time_out(self, *, soft: bool) -> None:
         """Say that a time limit has passed."""
@@ -187,8 +191,12 @@ class Job:
         """
         if self.accepted_at is None or self.paused_at is not None:
             return None
-        began = self.accepted_at + self._paused_seconds
         soft, hard = self.limits
+        if not (soft or hard):
+            return None
+        # It may have been paused before it began, too.
+        began = self.accepted_at
+        began += sum(max(end - max(begin, began), 0.0) for begin, end in self._pauses)
         if soft and not self.soft_limit_passed and not (hard and hard < soft):
             return began + soft, True
         return (began + hard, False) if hard else None

@@ -38,6 +38,11 @@ class Link:
         self._hub: Any = None
 
     @property
+    def partial(self) -> bool:
+        """Whether a part of a message has come, and the rest is on its way."""
+        return self._reader.partial
+
+    @property
     def writing(self) -> bool:
         """Whether something waits until there is room for it."""
         return bool(self._outgoing)
@@ -95,12 +100,17 @@ class Link:
             self._reading = False
 
     def read_rest(self) -> list[Message]:
-        """Read all that has arrived, from a child that has ended."""
+        """Read all that has arrived; an end is left to :meth:`read`."""
         messages: list[Message] = []
-        if not self._reading:
+        if self._reading:
+            return messages
+        self._reading = True
+        try:
             with contextlib.suppress(OSError):  # nothing more for now, or closed
                 while data := self._sock.recv(_LARGE_READ_BYTES):
                     messages += self._reader.feed(data)
+        finally:
+            self._reading = False
         return messages
 
     def stop_reading(self) -> None:

@@ -70,10 +70,17 @@ class Mailbox:
                 self._calling -= 1
             return
         self._calls.append((function, args))
-        # A full buffer means that the reader is going to wake up anyway; a closed socket, that
-        # there is nothing left to do.
-        with contextlib.suppress(OSError):
-            self._writer.send(b"\0")
+        self._wake()
+
+    def deliver(self) -> None:
+        """Make all calls that wait; by the owner."""
+        try:
+            while self._calls:
+                function, args = self._calls.popleft()
+                self.post(function, *args)
+        finally:
+            if self._calls:  # one has raised an exception: the others are not to wait for the next post
+                self._wake()
 
     def close(self) -> None:
         """Release the sockets."""
@@ -83,9 +90,13 @@ class Mailbox:
     def _on_readable(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._reader.recv(4096)
-        while self._calls:
-            function, args = self._calls.popleft()
-            self.post(function, *args)
+        self.deliver()
+
+    def _wake(self) -> None:
+        # A full buffer means that the reader is going to wake up anyway; a closed socket, that
+        # there is nothing left to do.
+        with contextlib.suppress(OSError):
+            self._writer.send(b"\0")
 
 
 class LoopThread:
@@ -95,7 +106,7 @@ class LoopThread:
         on_crash: Called in the thread with an exception that nothing has handled.
     """
 
-    def __init__(self, on_crash: Callable[[Exception], None]) -> None:
+    def __init__(self, on_crash: Callable[[BaseException], None]) -> None:
         self.hub = Hub()
         self._on_crash = on_crash
         self._stopping = False
@@ -127,7 +138,7 @@ class LoopThread:
         try:
             while not self._stopping:
                 self.hub.run_once()
-        except Exception as exc:
+        except BaseException as exc:  # a SystemExit, too, would end the thread without a word
             logger.critical("The pool's event loop has failed: %r", exc, exc_info=True)
             self._on_crash(exc)
         finally:

@@ -243,7 +243,8 @@ def _memory(pool: Engine) -> dict[str, Any]:
 
 def _writes(pool: Engine) -> dict[str, Any]:
     """Return the field that shows how tasks were spread over the living children."""
-    tasks = [child.tasks for child in pool.fleet.children]
+    children = list(pool.fleet.children)  # they may come and go meanwhile, in another thread
+    tasks = [child.tasks for child in children]
     total = sum(tasks)
     shares = [f"{count / total if total else 0:.2f}" for count in tasks]
     return {
@@ -254,7 +255,7 @@ def _writes(pool: Engine) -> dict[str, Any]:
         "strategy": "fair",
         "inqueues": {
             "total": len(tasks),
-            "active": sum(1 for child in pool.fleet.children if child.link.writing),
+            "active": sum(1 for child in children if child.link.writing),
         },
     }
 

@@ -37,6 +37,10 @@ logger = get_logger(__name__)
 #: Seconds a forkserver may take to end once its socket is closed, before it is killed.
 STOP_SECONDS = 5.0
 
+#: So many times in a row whoever was to fork a child may die over it, as they do when somebody kills them;
+#: then it is a child that has failed to start.
+MOST_IN_VAIN = 10
+
 
 class Forkserver:
     """Children are forked by a process that does nothing else."""
@@ -54,6 +58,7 @@ class Forkserver:
         self._asked: dict[int, Child] = {}
         self._numbers = itertools.count(1)
         self._ending: dict[int, float] = {}
+        self._in_vain = 0
         self._adoption = _Adoption()
 
     # -- begin and end
@@ -234,12 +239,13 @@ class Forkserver:
         child = self._asked.pop(cast("int", request), None)
         if child is not None:
             if kind == forkserver.FORKED:
+                self._in_vain = 0
                 self.owner.started(child, cast("int", result))
             elif kind == forkserver.FORK_FAILED:
                 why = os.strerror(cast("int", result))
                 self.owner.start_failed(child, f"the forkserver could not fork: {why}")
             else:
-                self._withdraw([child])
+                self._on_silence([child])
         if not self._asked:
             self._adoption.close(known=[*self.owner.pids(), *self._ending, self.pid])
 
@@ -251,7 +257,19 @@ class Forkserver:
             self._begin_again()
         else:
             self._fail_waiting(f"the forkserver (pid {pid}) died before it was ready")
-        self._withdraw(asked)
+        self._on_silence(asked)
+
+    def _on_silence(self, children: Sequence[Child]) -> None:
+        """Take note that whoever was asked for these children has died, and left no word of them."""
+        self._in_vain += 1
+        if self._in_vain <= MOST_IN_VAIN:
+            self._withdraw(children)
+            return
+        for child in children:
+            if not child.pid:
+                self.owner.start_failed(
+                    child, f"whoever was to fork it has died, {self._in_vain} times in a row"
+                )
 
     def _on_refusal(self, why: str) -> None:
         self._part()
@@ -263,8 +281,9 @@ class Forkserver:
         )
 
     def _on_failure(self, trace: str) -> None:
-        self._part()
+        asked = self._part()
         self._fail_waiting(f"the forkserver could not begin:\n{trace}")
+        self._withdraw(asked)
 
     def _fail_waiting(self, reason: str) -> None:
         waiting, self._waiting = list(self._waiting), deque()
@@ -296,13 +315,15 @@ class _Adoption:
 
     A subreaper also adopts what tasks have left behind. Such processes become children of
     the worker that nobody waits for; those that came while the flag was set are
-    remembered, and reaped when they end.
+    remembered, and reaped some time after they have ended: one of them may be another thread's, which
+    waits for it.
     """
 
     def __init__(self) -> None:
         self._open = False
         self._before = False
         self._orphans: set[int] = set()
+        self._ended: set[int] = set()
 
     def open(self) -> None:
         if not self._open:
@@ -318,12 +339,24 @@ class _Adoption:
             native.set_child_subreaper(self._before)
             self._open = False
             if known is not None:
-                self._orphans |= _own_children() - self._known_before - set(known)
+                # Without a descriptor to look with an orphan may stay until the worker ends.
+                with contextlib.suppress(OSError):
+                    self._orphans |= _own_children() - self._known_before - set(known)
 
     def reap(self) -> None:
-        for pid in list(self._orphans):
-            if _reaped(pid):
-                self._orphans.discard(pid)
+        """Reap those that had ended at the last call already."""
+        for pid in self._ended:
+            _reaped(pid)
+        self._orphans -= self._ended
+        self._ended = {pid for pid in self._orphans if _has_ended(pid)}
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; it is left as it is."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def _reaped(pid: int) -> bool:
@@ -335,9 +368,13 @@ def _reaped(pid: int) -> bool:
 
 
 def _own_children() -> set[int]:
-    """Return the pids of this process's children; empty where the kernel does not say."""
+    """Return the pids of this process's children; empty where the kernel does not say.
+
+    Raises:
+        OSError: No descriptor is left.
+    """
     pids: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
             pids.update(map(int, (task / "children").read_text().split()))
     return pids

@@ -196,7 +196,7 @@ class Watch:
             os.close(descriptor)
 
     def look(self, others: int = 0) -> Look:
-        """Look at memory now."""
+        """Look at memory now, of which other workers have set so many bytes aside."""
         with self._lock:
             now = time.monotonic()
             self._sample()
@@ -276,20 +276,24 @@ class Watch:
         return any(run.job.soft_limit or run.job.hard_limit for run in list(self._runs.values()))
 
     def _look(self, now: float, others: int) -> Look:
-        _, within = self._headroom()
+        _, within = self._headroom(others)
         running = [
             Seen(run.job, run.job.grown, growing=run.growing, paused=self._pauses.is_paused(run.job))
             for run in list(self._runs.values())
         ]
-        return Look(now, within, running, others, self._starting_bytes(False))
+        return Look(now, within, running, self._starting_bytes(False))
 
-    def _headroom(self) -> tuple[int, int]:
-        """Return what is left until the budget's ceiling, and what is left of the budget."""
+    def _headroom(self, others: int = 0) -> tuple[int, int]:
+        """Return what is left until the budget's ceiling, and what is left of the budget.
+
+        Arguments:
+            others: What other workers under the limit have set aside. A budget of our own is not theirs.
+        """
 
         def own() -> int:
             return self._own_bytes() + sum(run.job.grown for run in list(self._runs.values()))
 
-        return self.budget.left(self._gauge.headroom(), own)
+        return self.budget.left(self._gauge.headroom() - others, own)
 
     def _sample(self) -> None:
         for child, run in list(self._runs.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -52,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_celery(version): for a feature of this Celery version or later")
     # kombu's SQLAlchemy models, with SQLAlchemy 2.1
     config.addinivalue_line("filterwarnings", "ignore:The ..noload.. loader strategy is deprecated")
+    # A shell has its background jobs ignore Ctrl-C, and all that tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if INSTALLED < (5, 7):
         # Older Celery calls what redis-py has deprecated since.
         config.addinivalue_line(

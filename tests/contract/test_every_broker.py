@@ -115,7 +115,9 @@ def test_remote_control(worker):
     gate = worker.gate()
     result = worker.call("proj.hold", gate.path)
     child = gate.wait_started()[result.id]
-    assert [task["worker_pid"] for task in worker.inspect("active")] == [child]
+    worker.until(
+        lambda: [task["worker_pid"] for task in worker.inspect("active")] == [child], "the task to be shown"
+    )
     worker.control("revoke", task_id=result.id, terminate=True)
     with pytest.raises(TaskRevokedError):
         worker.get(result)

@@ -67,7 +67,9 @@ def test_it_is_shown_and_goes_on(worker):
     """It stands still and is shown as paused; when memory comes back it does what it was about to do."""
     pauses = worker.stats()["pool"]["memsafe"]["pauses"]
     first, second, target = make_short(worker)
-    assert psutil.Process(second.pid).status() == psutil.STATUS_STOPPED
+    worker.until(
+        lambda: psutil.Process(second.pid).status() == psutil.STATUS_STOPPED, "its process to stand still"
+    )
     assert first.row["state"] == "busy"
     assert worker.stats()["pool"]["memsafe"]["pauses"] > pauses
     assert {task["id"] for task in worker.inspect("active")} == {first.id, second.id}
@@ -113,9 +115,9 @@ def test_its_child_can_be_killed(worker):
 
 def test_time_limits_stand_still(worker):
     """The time for which it is paused does not count; the rest does, afterwards."""
-    first, second, target = make_short(worker, "steps_softly", soft_time_limit=8, time_limit=60)
+    first, second, target = make_short(worker, "steps_softly", soft_time_limit=12, time_limit=60)
     # By its clock at the wall, the limit is long over.
-    worker.until(lambda: second.row["running"] > 9, "time to pass")
+    worker.until(lambda: second.row["running"] > 13, "time to pass")
     assert second.is_paused()
     assert first.end() == first.pid
     second.wait_has(target)
@@ -125,8 +127,8 @@ def test_time_limits_stand_still(worker):
 
 def test_a_hard_limit_stands_still(worker):
     """As with the soft one: it has not passed when the task could not run."""
-    first, second, target = make_short(worker, time_limit=8)
-    worker.until(lambda: second.row["running"] > 9, "time to pass")
+    first, second, target = make_short(worker, time_limit=12)
+    worker.until(lambda: second.row["running"] > 13, "time to pass")
     first.end()
     second.wait_has(target)
     assert second.end() == second.pid

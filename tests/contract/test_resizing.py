@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import psutil
 import pytest
+from harness.worker import OURS
 
 
 @pytest.fixture(scope="module")
 def worker(start_module_worker, start_method):
     return start_module_worker(start_method=start_method, config={"worker_prefetch_multiplier": 2})
+
+
+def wait_until_idle(worker):
+    """Wait for the children to know that their tasks have ended: the results are there before."""
+    if OURS:
+        worker.until(lambda: not worker.stats()["pool"]["memsafe"]["busy"], "all children to be idle")
 
 
 def runs_at_once(worker, number):
@@ -100,6 +107,7 @@ def test_pool_restart_with_reload_runs_the_new_code(start_worker, start_method):
     for result in held:
         worker.get(result)
     assert {worker.run("changing.version") for _ in range(4)} == {1}
+    wait_until_idle(worker)
 
     write(worker, 22)
     assert "ok" in worker.control("pool_restart", modules=["changing"], reload=True)
@@ -112,6 +120,7 @@ def test_pool_restart_replaces_the_children(start_worker, start_method):
     """``pool_restart`` without reload: other children, and work goes on."""
     worker = start_worker(config={"worker_pool_restarts": True}, start_method=start_method)
     before = {worker.run("proj.pid") for _ in range(4)}
+    wait_until_idle(worker)
     assert "ok" in worker.control("pool_restart")
     assert not before & {worker.run("proj.pid") for _ in range(4)}
     worker.until(lambda: not any(map(psutil.pid_exists, before)), "the old children to end")

@@ -27,14 +27,34 @@ def kinds(pid):
     return Counter(re.sub(r"\d+", "N", target) for target in processes.descriptors(pid).values())
 
 
-def possessions(worker):
-    """What the worker has, once it has reaped who has ended."""
-    worker.until(lambda: not processes.zombies(worker.pid), "all zombies to be reaped", timeout=10)
+def at_a_glance(worker):
+    """What the worker has now, also what it is about to close or to reap."""
     return {
         "descriptors": kinds(worker.pid),
         "threads": psutil.Process(worker.pid).num_threads(),
         "children": len(processes.children(worker.pid)),
     }
+
+
+def possessions(worker):
+    """What the worker has for good: at two glances the same, and nobody who has ended."""
+    worker.until(lambda: not processes.zombies(worker.pid), "all zombies to be reaped", timeout=10)
+    glances = [at_a_glance(worker)]
+
+    def is_same():
+        glances.append(at_a_glance(worker))
+        return glances[-1] == glances[-2]
+
+    worker.until(is_same, "nothing to come and go")
+    return glances[-1]
+
+
+def wait_has(worker, before):
+    """Wait until the worker has what it had before, and nothing else."""
+    worker.until(
+        lambda: at_a_glance(worker) == before,
+        f"the worker to have what it had before: {before}, now {at_a_glance(worker)}",
+    )
 
 
 def kill_some(worker, number):
@@ -58,7 +78,7 @@ def test_many_children_leave_nothing(recycling_worker, start_method):
     number = 200 if start_method == "forkserver" else 10
     run_all(worker, number)
     assert worker.stats()["pool"]["memsafe"]["starts"] >= 4 + number
-    assert possessions(worker) == before
+    wait_has(worker, before)
 
 
 def test_many_killed_children_leave_nothing(recycling_worker, start_method):
@@ -67,7 +87,7 @@ def test_many_killed_children_leave_nothing(recycling_worker, start_method):
     kill_some(worker, 2)  # the worker stores these results itself, and has a connection for it from now on
     before = possessions(worker)
     kill_some(worker, 60 if start_method == "forkserver" else 6)
-    assert possessions(worker) == before
+    wait_has(worker, before)
 
 
 def test_what_a_child_has_open(start_worker, start_method, broker_kind):

@@ -141,7 +141,7 @@ def test_its_helpers_are_killed(worker, tally):
 
 def test_a_forkserver_that_hangs_is_replaced(start_worker, tally):
     """One that is stopped for good: after the start timeout there is another one, and the task runs."""
-    worker = start_worker("faulty", start_method="forkserver", config={"memsafe_start_timeout": 2})
+    worker = start_worker("faulty", start_method="forkserver", config={"memsafe_start_timeout": 5})
     hanging = forkserver(worker)
     os.kill(hanging, signal.SIGSTOP)
     try:

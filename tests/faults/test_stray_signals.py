@@ -34,9 +34,10 @@ def test_soft_limits_that_pass_as_the_task_ends(start_worker, start_method, tall
     """Whether the limit or the end comes first: no child is lost by it, and the next tasks run."""
     # Results go nowhere: a connection does not survive an exception in the middle of its talk.
     worker = start_worker("faulty", start_method=start_method, config={"task_ignore_result": True})
+    # Long enough for a task to have begun, on a machine with much to do, before its limit passes.
     for offset in range(-10, 10):
-        limit = 0.1 + offset / 1000
-        worker.call("faulty.work", tally.path, str(offset), 0.1, soft_time_limit=limit)
+        limit = 0.5 + offset / 1000
+        worker.call("faulty.work", tally.path, str(offset), 0.5, soft_time_limit=limit)
     worker.call("faulty.work", tally.path, "last", 0)
     worker.until(lambda: len(tally.of("began")) == 21, "all tasks to have begun")
     worker.until(lambda: not worker.inspect("active"), "all tasks to have ended")

@@ -84,6 +84,21 @@ def test_such_an_app_needs_to_be_forked(start_worker, name, value):
     assert "fresh interpreter" in error
 
 
+@pytest.mark.ours_only("start methods")
+def test_such_an_app_that_must_not_be_forked(start_worker):
+    """The worker finds out when tasks wait already: it says so and ends, although it cannot run them."""
+
+    def name_it(worker):
+        worker.command = [
+            sys.executable, str(PROJECTS / "script_embedded.py"), "memsafe_pool:Pool", worker.hostname
+        ]  # fmt: skip
+
+    worker = start_worker(prepare=name_it, config={"memsafe_preload": ["starts_thread"]}, ready=False)
+    worker.call("embedded.double", 1)
+    assert worker.wait_exit() == os.EX_SOFTWARE
+    worker.wait_for_log(r"CRITICAL/MainProcess\] Stopping the worker: .* can not import the app\.")
+
+
 @pytest.mark.parametrize("way", ["worker_main", "Worker"])
 def test_an_app_of_a_script(start_worker, start_method, way):
     """The app is in the ``__main__`` of a script that runs its own worker."""

@@ -6,7 +6,9 @@ import json
 import shutil
 import socket
 import subprocess
+import time
 
+import psutil
 import pytest
 from billiard.exceptions import TimeLimitExceeded
 from harness import processes
@@ -82,6 +84,26 @@ def test_a_task_ends_while_there_is_no_broker(start_worker, start_method, lossy)
     assert worker.run("proj.add", 3, 4) == 7
 
 
+@pytest.mark.stock_differs("time limits are acted on before the ends of tasks that came earlier")
+@pytest.mark.parametrize("size", [1, 4 << 20], ids=["small", "more than a socket holds"])
+def test_a_task_that_ends_in_time(start_worker, start_method, lossy, size):
+    """Its limit passes before the worker gets to hear of its end: it has kept it all the same."""
+    broker, proxy = lossy
+    worker = start_behind(start_worker, proxy, broker, start_method=start_method)
+    gate = worker.gate()
+    running = worker.call("proj.hold_and_return", gate.path, size, soft_time_limit=6, time_limit=7)
+    gate.wait_started()
+    began = time.monotonic()
+    lose(worker, proxy.cut)
+    gate.open()
+    worker.until(lambda: time.monotonic() > began + 8, "the limits to pass")
+    proxy.restore()
+    worker.wait_for_log("Connected to", count=2)
+    assert worker.run("proj.add", 3, 4) == 7
+    assert len(worker.get(running)) == size
+    assert "time limit" not in worker.log()
+
+
 def test_time_limits_hold_across_it(start_worker, start_method, lossy):
     """A limit that began before the loss holds, whether it passes during the loss or after it."""
     broker, proxy = lossy
@@ -109,8 +131,7 @@ def test_waiting_tasks_run_once(start_worker, lossy):
     gate.wait_started()
     waiting = [worker.call("proj.note", str(runs), number) for number in range(6)]
     worker.until(lambda: worker.inspect("reserved"), "tasks to wait in the worker")
-    proxy.cut()
-    worker.wait_for_log("Connection to broker lost")
+    lose(worker, proxy.cut)
     proxy.restore()
     worker.wait_for_log("Connected to", count=2)
     gate.open()
@@ -165,6 +186,36 @@ def test_the_server_is_killed_and_comes_back(start_worker, start_method, redis, 
     assert worker.get(running) == child
     assert worker.run("proj.add", 3, 4) == 7
     assert worker.stop() == 0
+
+
+@pytest.mark.ours_only("other pools pause nobody")
+def test_a_shortage_that_passes_meanwhile(container, start_worker, lossy):
+    """Two were paused, and one of them had to end, when the worker could not listen: that is no reason."""
+    broker, proxy = lossy
+    group = container(240)
+    worker = start_behind(start_worker, proxy, broker, "hungry", concurrency=2, prepare=group.hold)
+    gate = worker.gate()
+    both = [Growth(worker, gate, name) for name in ("one", "other")]
+    room = headroom(worker)
+    for growth in both:
+        growth.want(room * 3 // 10)
+        growth.wait_has(room * 3 // 10)
+    lose(worker, proxy.cut)
+    for growth in both:
+        growth.want(room * 17 // 20)
+    pids = [growth.pid for growth in both]
+    stand_still = [psutil.STATUS_STOPPED] * 2
+    worker.until(lambda: [psutil.Process(pid).status() for pid in pids] == stand_still, "both to be paused")
+    since = time.monotonic()
+    worker.until(lambda: time.monotonic() > since + 2, "it to be said several times")
+    group.limit(600 << 20)
+    for growth in both:
+        growth.wait_has(room * 17 // 20)
+    since = time.monotonic()
+    worker.until(lambda: time.monotonic() > since + 2, "that to be long ago")
+    proxy.restore()
+    assert [growth.end() for growth in both] == pids
+    assert worker.stats()["pool"]["memsafe"]["kills"] == 0
 
 
 @pytest.mark.ours_only("other pools do not run tasks again themselves")

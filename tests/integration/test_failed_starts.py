@@ -81,15 +81,47 @@ def test_an_obstacle_that_stays(start_worker, open_broker, kind, way):
     assert start_worker("obstacle", broker=broker).get(result) > 0
 
 
+def test_a_start_that_ends_slowly(start_worker, redis, start_method):
+    """It has failed, also if the worker cannot hear of it any more before the process has ended."""
+    worker = start(start_worker, redis, (start_method, {}, "init"), "close")
+    result = worker.call("obstacle.pid")
+    worker.wait_for_log(r"failed to start: it ended before it was ready: (exitcode 7|signal 15)")
+    (worker.folder / "init").unlink()
+    assert worker.get(result) in worker.children()
+
+
+CRASHES = """
+import os
+
+worker = os.getpid()
+os.register_at_fork(after_in_child=lambda: worker == os.getppid() or os._exit(11))
+"""
+
+
+def test_whoever_is_to_fork_children_dies(start_worker):
+    """As with a library that crashes in each fork of a fork: it is not tried for ever, nor at full speed."""
+
+    def prepare(worker):
+        (worker.folder / "crashes.py").write_text(CRASHES)
+
+    worker = start_worker(
+        "obstacle", start_method="forkserver", config={"imports": ["crashes"]}, prepare=prepare
+    )
+    worker.call("obstacle.pid")
+    worker.wait_for_log(r"failed to start: whoever was to fork it has died, 11 times in a row")
+    worker.wait_for_log("children failed to start 5 times in a row")
+    assert worker.wait_exit() == os.EX_SOFTWARE
+
+
 @pytest.mark.parametrize(("method", "config", "step"), WAYS)
 def test_a_child_that_hangs_at_its_start(start_worker, redis, method, config, step):
     """After ``memsafe_start_timeout`` it is killed, and the log says so; the next one runs the task."""
-    worker = start(start_worker, redis, (method, {**config, "memsafe_start_timeout": 2}, step), "wait")
+    worker = start(start_worker, redis, (method, {**config, "memsafe_start_timeout": 5}, step), "wait")
     result = worker.call("obstacle.pid")
     waits = worker.folder / f"{step}.waits"
     worker.until(waits.exists, "the start to hang")
     hanging = int(waits.read_text())
-    worker.wait_for_log(r"failed to start: not ready after 2 s \(memsafe_start_timeout\)")
+    worker.wait_for_log(r"failed to start: not ready after 5 s \(memsafe_start_timeout\)")
     worker.until(lambda: hanging not in worker.pids(), "what hangs to be killed")
     (worker.folder / step).unlink()
     assert worker.get(result) != hanging

@@ -166,6 +166,19 @@ def test_workers_that_share_a_container(start_contained, container, redis, tally
     assert [counters(worker) for worker in workers] == [NOTHING] * 3
 
 
+def test_budgets_of_their_own(start_worker):
+    """What one worker has set aside of its own budget is not taken off another one's."""
+    one, other = (
+        start_worker("hungry", concurrency=4, config={"memsafe_memory_budget": "400MiB"}) for _ in range(2)
+    )
+    gate = one.gate()
+    first = Growth(one, gate, "first", headers={"memsafe_memory": "250MiB"})
+    one.until(lambda: memory(one)["reserved"] > 200 * MIB, "memory to be set aside")
+    beside = [Growth(other, gate, name, headers={"memsafe_memory": "80MiB"}) for name in ("second", "third")]
+    gate.open()
+    all_done(one, [growth.result for growth in (first, *beside)])
+
+
 def test_a_budget_without_a_container(start_worker, tally):
     """``memsafe_memory_budget`` holds where there is no lower limit: for all that is the pool's own."""
     worker = start_worker("hungry", concurrency=12, config={"memsafe_memory_budget": "200MiB"})
@@ -273,7 +286,7 @@ def test_a_big_one_is_not_passed_for_ever(start_contained, tally):
     Without an event loop, so that they are not left to other workers: they wait here.
     """
     worker = start_contained(
-        300, "hungry", broker="filesystem", concurrency=4, config={"memsafe_overtake_time": 2}
+        300, "hungry", broker="filesystem", concurrency=4, config={"memsafe_overtake_time": 6}
     )
     gate = worker.gate()
     room = headroom(worker)
@@ -284,7 +297,7 @@ def test_a_big_one_is_not_passed_for_ever(start_contained, tally):
     waits_since = time.monotonic()
     passing = send(worker, tally, "need", [1] * 2, first=1, **small)
     all_done(worker, passing)
-    worker.until(lambda: time.monotonic() > waits_since + 2.5, "its patience to end")
+    worker.until(lambda: time.monotonic() > waits_since + 6.5, "its patience to end")
     held = send(worker, tally, "need", [1] * 2, first=3, **small)
     worker.until(lambda: worker.stats()["pool"]["memsafe"]["waiting"] == 3, "all of them to wait")
     assert tally.of("began") == {"1": 1, "2": 1}

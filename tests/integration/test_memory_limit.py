@@ -36,7 +36,7 @@ def test_a_limit_that_is_changed_is_followed(worker, cgroup):
     gate.wait_started()
     for mib in (400, 500):
         cgroup.limit(mib * MIB)
-        worker.wait_for_log(f"The memory limit is now {mib} MiB", timeout=5)
+        worker.wait_for_log(f"The memory limit is now {mib} MiB")
         assert memory(worker)["limit"] == mib * MIB
     assert worker.log().count("The memory limit is now") == 2
     gate.open()

@@ -110,7 +110,7 @@ def test_cold_shutdown_by_another_signal(start, redis):
 @pytest.mark.parametrize("enough", [True, False], ids=["enough time", "too little time"])
 def test_soft_shutdown(start, redis, enough):
     """``worker_soft_shutdown_timeout``: the task may end within that time, else the shutdown is cold."""
-    worker = start(broker=redis, config={"worker_soft_shutdown_timeout": 3 if enough else 1})
+    worker = start(broker=redis, config={"worker_soft_shutdown_timeout": 20 if enough else 1})
     gate = worker.gate()
     result = worker.call("proj.hold_late", gate.path)
     child = begun(worker, gate)[result.id]

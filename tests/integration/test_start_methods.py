@@ -8,6 +8,7 @@ import signal
 
 import psutil
 import pytest
+from harness import processes
 
 pytestmark = pytest.mark.ours_only("start methods")
 
@@ -106,6 +107,7 @@ def test_an_import_that_starts_a_thread(start_worker, module):
     assert "started by the import of starts_thread" in line
     assert "children start by spawn" in line.lower()
     assert worker.log().count("must not fork") == 1
+    worker.until(lambda: not processes.zombies(worker.pid), "the forkserver to be reaped")
 
 
 def test_numpy_does_not_keep_from_forking(start_worker):

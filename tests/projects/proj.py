@@ -111,6 +111,13 @@ def hold(self, gate):
     return os.getpid()
 
 
+@app.task(bind=True)
+def hold_and_return(self, gate, size):
+    """Wait at a gate; the result has so many characters."""
+    stop_at(self, gate)
+    return size * "x"
+
+
 @app.task(bind=True, acks_late=True)
 def hold_late(self, gate):
     """Wait at a gate, with the message not acknowledged."""

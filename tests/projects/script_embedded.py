@@ -1,6 +1,7 @@
-"""A program with an app that only a function knows, and a worker in a thread of the program.
+"""A program with an app that only a function knows, and a worker: ``script_embedded.py POOL [HOSTNAME]``.
 
-Writes what its tasks return into the file ``results``.
+With a name the worker is all of it; without, it runs in a thread, and what its tasks return is written into
+the file ``results``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ def make_app():
     return app
 
 
-def main(pool):
+def main(pool, *hostname):
     app = make_app()
+    if hostname:
+        worker = app.Worker(pool=pool, concurrency=2, hostname=hostname[0], loglevel="INFO")
+        worker.start()
+        sys.exit(worker.exitcode)
     if pool == "class":
         from memsafe_pool import Pool as pool  # noqa: N813
     with start_worker(app, pool=pool, concurrency=2, perform_ping_check=False, loglevel="INFO"):
@@ -39,4 +44,4 @@ def main(pool):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

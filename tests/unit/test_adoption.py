@@ -53,6 +53,20 @@ def test_an_orphan_that_comes_at_the_last_moment(monkeypatch, orphans, as_it):
     until(lambda: adoption.reap() or not psutil.pid_exists(pid), "the orphan to be reaped")
 
 
+def test_who_waits_for_a_child_gets_its_status():
+    """A child that another thread has started meanwhile looks like an orphan; it is not taken from that."""
+    adoption = _Adoption()
+    adoption.open()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        adoption.close(known=[])
+        child.terminate()
+        until(lambda: child.pid in processes.zombies(os.getpid()), "its end")
+        adoption.reap()
+        assert child.wait(10) == -signal.SIGTERM
+    adoption.reap()
+    assert not adoption._orphans
+
+
 def test_those_that_are_known_are_left_to_others():
     """Children from before, and children of the pool, are waited for by those that started them."""
     adoption = _Adoption()

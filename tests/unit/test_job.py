@@ -68,6 +68,43 @@ def test_limits_pass_in_order(soft, hard, began):
     assert any(not soft for _, soft in passed) == bool(hard)
 
 
+@pytest.mark.parametrize(
+    ("pauses", "due"),
+    [
+        ([(102.0, 122.0)], 125.0),
+        ([(90.0, 95.0)], 105.0),
+        ([(90.0, 103.0)], 108.0),
+        ([(90.0, 95.0), (101.0, 102.0), (103.0, 110.0)], 113.0),
+    ],
+    ids=["after", "before", "across", "several"],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_pauses_do_not_count(pauses, due, late):
+    """Only what of them is after the beginning, whether that was heard of before or after them."""
+    running = job((None, 5))
+    if not late:
+        running.accept(42, 100.0)
+    for begin, end in pauses:
+        running.pause(begin)
+        assert running.next_limit() is None
+        running.resume(end)
+    if late:
+        running.accept(42, 100.0)
+    assert running.next_limit() == (due, False)
+
+
+def test_a_job_whose_child_has_ended():
+    """In the next child its clock begins anew, and it is not paused."""
+    running = job((None, 5))
+    running.pause(90.0)
+    running.resume(95.0)
+    running.pause(96.0)
+    running.leave()
+    running.accept(43, 100.0)
+    assert running.paused_at is None
+    assert running.next_limit() == (105.0, False)
+
+
 # Callbacks
 
 

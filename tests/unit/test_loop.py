@@ -67,6 +67,30 @@ def test_a_call_may_post(mailbox, hub):
     assert heard == ["inner", "outer"]
 
 
+def test_a_call_that_fails_does_not_keep_the_others(mailbox, hub):
+    """The loop's round ends with the exception, the next one goes on behind it."""
+    heard = []
+    mailbox.attach(hub)
+
+    def post():
+        mailbox.post([].pop)
+        mailbox.post(heard.append, 1)
+
+    in_a_thread(post)
+    with pytest.raises(IndexError):
+        run_until(hub, lambda: heard)
+    assert mailbox.failed
+    run_until(hub, lambda: heard)
+
+
+def test_calls_can_be_made_before_the_loop_does(mailbox):
+    """All that wait, at once."""
+    heard = []
+    in_a_thread(lambda: [mailbox.post(heard.append, number) for number in range(3)])
+    mailbox.deliver()
+    assert heard == [0, 1, 2]
+
+
 def test_ownership_moves(mailbox, hub):
     """After ``own`` the calls are the new owner's."""
     heard = []
@@ -98,14 +122,15 @@ def test_a_loop_in_a_thread():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_loop_that_fails_says_so(caplog):
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_loop_that_fails_says_so(caplog, error):
     """An exception that nothing handles ends the loop, is logged, and is told."""
     crashes = []
     loop = LoopThread(crashes.append)
     loop.start(lambda: None)
 
     def fail():
-        raise ValueError("in the loop")
+        raise error("in the loop")
 
     loop.hub.call_soon(fail)
     assert loop.join(30)
