@@ -235,8 +235,12 @@ class Crew:
         methods = (*self._former, self.start_method)
         return not self.fleet.size and all(method.stopped for method in methods)
 
-    def hear(self, child: Child) -> None:
-        """Pass on all that a child has said until now."""
+    def catch_up(self, child: Child) -> None:
+        """Pass on all that a child has said until now, and its end."""
+        if not self._reap(child):
+            self._hear(child)
+
+    def _hear(self, child: Child) -> None:
         for message in child.link.read_rest():
             self._listener.on_message(child, *message)
 
@@ -275,7 +279,8 @@ class Crew:
             pid, status = child.pid, None  # somebody else has reaped it
         if not pid:
             return False
-        self.hear(child)
+        self.fleet.move(child, State.LEAVING)  # so that it gets nothing more, whatever it has left behind
+        self._hear(child)
         self._gone(child, None if status is None else os.waitstatus_to_exitcode(status))
         return True
 

@@ -173,14 +173,15 @@ class Engine:
     def _attach(self, hub: Any) -> None:
         self._mailbox.attach(hub)
         self.crew.attach(hub)
-        if self._tick_entry is not None:
-            self._tick_entry.cancel()
+        for entry in (self._tick_entry, self._retry_entry):
+            if entry is not None:
+                entry.cancel()
+        self._retry_entry = None
         # Through the mailbox: while the pool is joined, Celery fires its timers from another thread.
         self._tick_entry = hub.call_repeatedly(TICK_SECONDS, self._mailbox.post, self._tick)
         self._catch_up(*self.fleet.children)
         self._time_limits.attach(hub, self.jobs.values())
         self.watch.start()
-        self._retry_entry = None
         self.steward.announce(self._account().total, self.supervisor.bound)
         self._decide(supervisor.Tick())
         self._check_closed()
@@ -400,12 +401,11 @@ class Engine:
             child.job.resume(time.monotonic())
             self._time_limits.watch(child.job)
 
-    def _on_limit(self, job: Job, soft: bool, again: bool) -> None:
+    def _on_limit(self, job: Job, again: bool) -> None:
         child = job.child
+        if child is not None:
+            self._catch_up(child)
         if job.done or child is None or child.job is not job:
-            return
-        self._catch_up(child)
-        if job.ready() or child.job is not job:
             return
         limit = job.next_limit()
         if limit is None or limit[0] > time.monotonic():
@@ -413,9 +413,9 @@ class Engine:
             return
         if child.link.partial and not again:
             # It has ended its task, and is handing over what that has returned.
-            self._time_limits.put_off(job, soft, HAND_OVER_SECONDS)
+            self._time_limits.put_off(job, HAND_OVER_SECONDS)
             return
-        if soft:
+        if limit[1]:
             job.soft_limit_passed = True
             job.time_out(soft=True)
             child.signal(signal.SIGUSR1)
@@ -433,9 +433,9 @@ class Engine:
         The loop may have stood still for longer than that, as it does while Celery connects to the broker;
         and it looks at its timers first.
         """
-        self._mailbox.deliver()
         for child in children:
-            self.crew.hear(child)
+            self.crew.catch_up(child)
+        self._mailbox.deliver()
 
     def on_message(self, child: Child, kind: int, number: int, value: float, payload: memoryview) -> None:
         """Act on a message of a child, see ``wire``."""

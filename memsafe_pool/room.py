@@ -67,15 +67,16 @@ class Look:
 
     Attributes:
         at: When (monotonic seconds).
-        headroom: What is left of the budget, and is not set aside by other workers under the same limit;
-            negative when it is exceeded.
+        headroom: What is left of the budget; negative when it is exceeded.
         running: The tasks that run.
+        others: What of it other workers under the same limit have set aside and not yet taken.
         coming: What children that are starting, and can be given up, are still going to take.
     """
 
     at: float
     headroom: int
     running: Sequence[Seen] = ()
+    others: int = 0
     coming: int = 0
 
 
@@ -93,6 +94,7 @@ class Room:
         self.child_bytes = child_bytes
         self.running: dict[Task, int] = {}
         self.headroom = budget
+        self.others = 0
         self.grown: dict[Task, int] = {}
         self._pending = 0
         self._reserve = 0
@@ -116,7 +118,7 @@ class Room:
 
     def look(self, look: Look) -> None:
         """Take note of how things are."""
-        self.headroom = look.headroom
+        self.headroom, self.others = look.headroom, look.others
         reserve = 0
         for seen in look.running:
             task = seen.task
@@ -136,7 +138,7 @@ class Room:
     @property
     def free(self) -> int:
         """What is neither used nor set aside; the reserve is not taken off."""
-        return self.headroom - self._pending
+        return self.headroom - self._pending - self.others
 
     def lacks(self, task: Task, extra: int = 0) -> int:
         """Return how much is missing for a task to begin, 0 or less if it can.

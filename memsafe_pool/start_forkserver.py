@@ -261,6 +261,8 @@ class Forkserver:
 
     def _on_silence(self, children: Sequence[Child]) -> None:
         """Take note that whoever was asked for these children has died, and left no word of them."""
+        if not children:
+            return
         self._in_vain += 1
         if self._in_vain <= MOST_IN_VAIN:
             self._withdraw(children)
@@ -283,7 +285,7 @@ class Forkserver:
     def _on_failure(self, trace: str) -> None:
         asked = self._part()
         self._fail_waiting(f"the forkserver could not begin:\n{trace}")
-        self._withdraw(asked)
+        self._on_silence(asked)
 
     def _fail_waiting(self, reason: str) -> None:
         waiting, self._waiting = list(self._waiting), deque()

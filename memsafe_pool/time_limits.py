@@ -20,11 +20,10 @@ class TimeLimits:
     """Watches the next limit of each job.
 
     Arguments:
-        on_limit: Called with the job, whether it is the soft limit that has passed, and whether that was put
-            off.
+        on_limit: Called with the job whose limit may have passed, and whether that was put off.
     """
 
-    def __init__(self, on_limit: Callable[[Job, bool, bool], None]) -> None:
+    def __init__(self, on_limit: Callable[[Job, bool], None]) -> None:
         self._on_limit = on_limit
         self._hub: Any = None
 
@@ -42,16 +41,15 @@ class TimeLimits:
         self.forget(job)
         limit = job.next_limit()
         if limit is not None:
-            at, soft = limit
-            self._call_later(job, soft, max(at - time.monotonic(), 0.0), again=False)
+            self._call_later(job, max(limit[0] - time.monotonic(), 0.0), again=False)
 
-    def put_off(self, job: Job, soft: bool, seconds: float) -> None:
+    def put_off(self, job: Job, seconds: float) -> None:
         """Wait for so many seconds more, as its limit has passed."""
         self.forget(job)
-        self._call_later(job, soft, seconds, again=True)
+        self._call_later(job, seconds, again=True)
 
-    def _call_later(self, job: Job, soft: bool, seconds: float, *, again: bool) -> None:
-        job.timer = self._hub.call_later(seconds, self._on_limit, job, soft, again)
+    def _call_later(self, job: Job, seconds: float, *, again: bool) -> None:
+        job.timer = self._hub.call_later(seconds, self._on_limit, job, again)
 
     def forget(self, job: Job) -> None:
         """Wait for nothing."""

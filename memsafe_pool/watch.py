@@ -276,18 +276,20 @@ class Watch:
         return any(run.job.soft_limit or run.job.hard_limit for run in list(self._runs.values()))
 
     def _look(self, now: float, others: int) -> Look:
-        _, within = self._headroom(others)
+        _, within = self._headroom()
+        # Of a budget that is our own nothing is theirs.
+        theirs = within - self._headroom(others)[1] if others else 0
         running = [
             Seen(run.job, run.job.grown, growing=run.growing, paused=self._pauses.is_paused(run.job))
             for run in list(self._runs.values())
         ]
-        return Look(now, within, running, self._starting_bytes(False))
+        return Look(now, within, running, theirs, self._starting_bytes(False))
 
     def _headroom(self, others: int = 0) -> tuple[int, int]:
         """Return what is left until the budget's ceiling, and what is left of the budget.
 
         Arguments:
-            others: What other workers under the limit have set aside. A budget of our own is not theirs.
+            others: What other workers under the limit have set aside.
         """
 
         def own() -> int:

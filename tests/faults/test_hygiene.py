@@ -51,10 +51,7 @@ def possessions(worker):
 
 def wait_has(worker, before):
     """Wait until the worker has what it had before, and nothing else."""
-    worker.until(
-        lambda: at_a_glance(worker) == before,
-        f"the worker to have what it had before: {before}, now {at_a_glance(worker)}",
-    )
+    worker.until(lambda: at_a_glance(worker) == before, f"the worker to have what it had before: {before}")
 
 
 def kill_some(worker, number):

@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from billiard.exceptions import TimeLimitExceeded
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from harness import processes
 from harness.brokers import NO_BROKER
 from harness.growth import Growth, headroom
@@ -102,6 +102,23 @@ def test_a_task_that_ends_in_time(start_worker, start_method, lossy, size):
     assert worker.run("proj.add", 3, 4) == 7
     assert len(worker.get(running)) == size
     assert "time limit" not in worker.log()
+
+
+@pytest.mark.stock_differs("time limits are acted on before the ends of children that came earlier")
+def test_a_child_that_is_killed_in_time(start_worker, start_method, lossy):
+    """That is why its task has failed, also when a limit has passed before the worker gets to hear of it."""
+    broker, proxy = lossy
+    worker = start_behind(start_worker, proxy, broker, start_method=start_method)
+    gate = worker.gate()
+    running = worker.call("proj.hold", gate.path, time_limit=7)
+    child = gate.wait_started()[running.id]
+    began = time.monotonic()
+    lose(worker, proxy.cut)
+    processes.kill(child)
+    worker.until(lambda: time.monotonic() > began + 8, "the limit to pass")
+    proxy.restore()
+    with pytest.raises(WorkerLostError, match="signal 9"):
+        worker.get(running)
 
 
 def test_time_limits_hold_across_it(start_worker, start_method, lossy):

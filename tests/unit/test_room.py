@@ -89,6 +89,12 @@ def test_the_reserve_goes_as_the_task_grows(room):
     assert room.lacks(task(0)) == -900
 
 
+def test_what_others_have_set_aside_counts(room):
+    """Other workers under the same limit are not robbed of what they were promised."""
+    room.look(Look(1.0, 800, others=300))
+    assert room.free == 500
+
+
 def test_a_look_may_be_older_than_the_end_of_a_task(room):
     """A task that has ended meanwhile is left out."""
     first = task(100)
