@@ -19,7 +19,7 @@ from memsafe_pool.reservations import UNKNOWN
 if TYPE_CHECKING:
     from memsafe_pool.fleet import Child
 
-__all__ = ["Job"]
+__all__ = ["Job", "lost"]
 
 logger = get_logger(__name__)
 
@@ -55,6 +55,7 @@ class Job:
     __slots__ = (
         "__weakref__",
         "_callbacks",
+        "_paused_seconds",
         "_pauses",
         "_propagate",
         "accepted_at",
@@ -111,7 +112,8 @@ class Job:
         self.alone = self.delivered_again = False
         self.paused_at: float | None = None
         self.resumed_at = 0.0
-        self._pauses: list[tuple[float, float]] = []
+        self._paused_seconds = 0.0
+        self._pauses: list[tuple[float, float]] = []  # that are not in that number yet
         self._callbacks = on_success, on_error, on_accept, on_timeout
         self._propagate = propagate
         self.limits = limits
@@ -148,6 +150,7 @@ class Job:
     def accept(self, pid: int, at: float) -> None:
         """Say that a child has begun it, ``at`` monotonic seconds."""
         self.accepted_at = at
+        self._count_pauses()
         self._call(self._callbacks[2], pid, at)
 
     def finish(self, succeeded: bool, value: Any, *, final: bool = False) -> None:
@@ -166,10 +169,19 @@ class Job:
         if self.paused_at is not None:
             self._pauses.append((self.paused_at, at))
             self.paused_at = None
+            self._count_pauses()
+
+    def _count_pauses(self) -> None:
+        """Count what of the pauses was after the beginning, once that is known."""
+        if self.accepted_at is not None:
+            began = self.accepted_at
+            self._paused_seconds += sum(max(end - max(begin, began), 0.0) for begin, end in self._pauses)
+            self._pauses.clear()
 
     def leave(self) -> None:
         """Forget the child that had it, and what became of it there."""
         self.child = self.accepted_at = self.paused_at = None
+        self._paused_seconds = 0.0
         self._pauses.clear()
         self.grown = 0
         self.soft_limit_passed = False
@@ -191,12 +203,8 @@ class Job:
         """
         if self.accepted_at is None or self.paused_at is not None:
             return None
+        began = self.accepted_at + self._paused_seconds
         soft, hard = self.limits
-        if not (soft or hard):
-            return None
-        # It may have been paused before it began, too.
-        began = self.accepted_at
-        began += sum(max(end - max(begin, began), 0.0) for begin, end in self._pauses)
         if soft and not self.soft_limit_passed and not (hard and hard < soft):
             return began + soft, True
         return (began + hard, False) if hard else None

@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Child", "FirstRuns", "Rules"]
+__all__ = ["Child", "FirstRuns", "Rules", "default_growth_bytes"]
 
 _MIB = 1 << 20
 
