@@ -10,6 +10,7 @@ Imports neither Celery nor billiard.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,19 +69,21 @@ def _number(value: Any) -> float:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+    """Return a whole number: text, or whatever Python takes for one, such as numpy's."""
+    if isinstance(value, bool):
         raise ValueError
-    count = int(value)
+    count = int(value) if isinstance(value, str) else operator.index(value)
     if count < 0:
         raise ValueError
     return count
 
 
-#: What may follow a number: powers of 1024 with an i, of 1000 without, as in the SI.
+#: What may follow a number: powers of 1024 for a letter alone and with an i, of 1000 with a B and no i, as in
+#: the SI. Kubernetes leaves the B after an i out.
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", start=1)
-    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+    for suffix, base in (("", 1024), ("i", 1024), ("ib", 1024), ("b", 1000))
 }
 
 _SHARE = re.compile(r"\d*\.\d*")

@@ -40,6 +40,16 @@ def test_every_default_is_accepted():
     assert load({setting.name: setting.default for setting in SETTINGS}, {}) == load({}, {})
 
 
+class Whole:
+    """A whole number that is not Python's own, such as numpy's."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __index__(self):
+        return self.number
+
+
 ACCEPTED = [
     ("memsafe_start_method", "auto", "auto"),
     ("memsafe_start_method", "forkserver", "forkserver"),
@@ -57,6 +67,7 @@ ACCEPTED = [
     ("memsafe_min_children", 0, 0),
     ("memsafe_min_children", 7, 7),
     ("memsafe_min_children", " 7 ", 7),
+    ("memsafe_min_children", Whole(7), 7),
     ("memsafe_start_timeout", 0.1, 0.1),
     ("memsafe_start_timeout", "30", 30.0),
     ("memsafe_trim_idle", 0, 0.0),
@@ -71,6 +82,13 @@ ACCEPTED = [
     ("memsafe_trim_min", "2G", 2 * 1024**3),
     ("memsafe_trim_min", "2GB", 2 * 10**9),
     ("memsafe_trim_min", "10 b", 10),
+    ("memsafe_trim_min", "64Ki", 64 * 1024),
+    ("memsafe_trim_min", "512Mi", 512 * 1024**2),
+    ("memsafe_trim_min", "1.5 Gi", 3 * 512 * 1024**2),
+    ("memsafe_trim_min", "2Ti", 2 * 1024**4),
+    ("memsafe_trim_min", Whole(1000), 1000),
+    ("memsafe_memory_budget", "512Mi", 512 * 1024**2),
+    ("memsafe_memory_budget", Whole(1 << 30), 1024**3),
     ("memsafe_overtake_time", "2.5", 2.5),
     ("memsafe_pause", False, False),
     ("memsafe_pause", "no", False),
@@ -81,6 +99,7 @@ ACCEPTED = [
     ("memsafe_memory_tries", "3", 3),
     ("memsafe_max_child_growth", "auto", None),
     ("memsafe_max_child_growth", "200MiB", 200 * 1024**2),
+    ("memsafe_max_child_growth", "200Mi", 200 * 1024**2),
     ("memsafe_max_child_age", None, None),
     ("memsafe_max_child_age", "3600", 3600.0),
     ("memsafe_state", "", None),
@@ -110,10 +129,10 @@ NAN, INFINITE, HUGE = float("nan"), float("inf"), 10**400
 REFUSED = [
     ("memsafe_start_method", ["Spawn", "", "thread", None, 1, ["spawn"]]),
     ("memsafe_idle_timeout", ["", -1, -0.001, "soon", True, NAN, INFINITE, "inf", "nan", [], HUGE]),
-    ("memsafe_min_children", [-1, "-1", 1.0, "1.0", "two", None, True, False, "", [1]]),
+    ("memsafe_min_children", [Whole(-1), -1, "-1", 1.0, "1.0", "two", None, True, False, "", [1]]),
     ("memsafe_start_timeout", [0, 0.0, -1, "0", "", None, True, NAN, INFINITE, "-inf", {}, HUGE]),
     ("memsafe_trim_idle", ["", -1, "soon", True, NAN, INFINITE]),
-    ("memsafe_trim_min", [-1, "-1", 1.5, None, True, "", "MiB", "8 XB", "8 Mi B", "1e3", "8MiB8", NAN, []]),
+    ("memsafe_trim_min", [-1, 1.5, None, True, "", "MiB", "8 XB", "8 Mi B", "8i", "1e3", "8MiB8", NAN, []]),
     ("memsafe_overtake_time", [0, -1, "", None, True, NAN, INFINITE]),
     ("memsafe_pause", [None, 1, 0, "", "maybe", []]),
     ("memsafe_max_pause", [-1, "", True, NAN, INFINITE]),
