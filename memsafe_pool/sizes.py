@@ -11,8 +11,10 @@ Headers and attributes also say what a call may take: ``memsafe_soft_limit``, ab
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,11 +35,26 @@ logger = get_logger(__name__)
 #: What headers and the task's attributes are called: what it needs, and what it may take.
 MEMORY, SOFT_LIMIT, HARD_LIMIT = NAMES = ("memsafe_memory", "memsafe_soft_limit", "memsafe_hard_limit")
 
+#: What the task's function is called that names the kind of a call.
+KEY = "memsafe_key"
+
 #: More is no size: it would not fit into the numbers of the kernel.
 MOST_BYTES = 1 << 60
 
+#: The least that is said: nothing may be set aside for a task, but a limit of nothing would end each.
+LEAST_BYTES = {MEMORY: 0, SOFT_LIMIT: 1, HARD_LIMIT: 1}
+
+#: Characters of a label. What is longer is cut, and marked with a part of its digest.
+MOST_LABEL, DIGEST_DIGITS = 200, 16
+
 #: Warnings about what was said wrongly; more would say no more.
 MOST_COMPLAINTS = 100
+
+#: Characters of a value in a warning.
+MOST_SHOWN = 200
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +97,11 @@ class Sizes:
         estimate = declared.estimate
         if MEMORY in headers or SOFT_LIMIT in headers or HARD_LIMIT in headers:
             where = f"the header of {name}"
-            estimate = _certain(self._size(headers.get(MEMORY), MEMORY, where)) or estimate
-            job.soft_limit = self._size(headers.get(SOFT_LIMIT), SOFT_LIMIT, where) or job.soft_limit
-            job.hard_limit = self._size(headers.get(HARD_LIMIT), HARD_LIMIT, where) or job.hard_limit
-        job.estimate = estimate or self.learned.estimate(name, job.label)
+            memory, soft, hard = (self._size(headers.get(each), each, where) for each in NAMES)
+            estimate = estimate if memory is None else _certain(memory)
+            job.soft_limit = job.soft_limit if soft is None else soft
+            job.hard_limit = job.hard_limit if hard is None else hard
+        job.estimate = self.learned.estimate(name, job.label) if estimate is None else estimate
 
     def learn(self, job: Job, peak: int, hidden: int = 0) -> None:
         """Remember what a job needed (bytes); ``hidden`` as for :meth:`Reservations.learn`."""
@@ -102,33 +120,48 @@ class Sizes:
     def _label(self, key: Callable[..., Any] | None, headers: dict[str, Any], job: Job) -> str:
         if key is not None:
             try:
-                return str(key(*(headers.get("args") or ()), **(headers.get("kwargs") or {})))
+                return _bounded(str(key(*(headers.get("args") or ()), **(headers.get("kwargs") or {}))))
             except Exception as exc:  # noqa: BLE001 - the user's own function
-                self._complain(f"memsafe_key of {job.name} failed, and the arguments' size is taken: {exc!r}")
+                self._complain(f"{KEY} of {job.name} failed, and the arguments' size is taken: {_shown(exc)}")
         queue = (headers.get("delivery_info") or {}).get("routing_key")
-        return f"{queue}/{upstream.body_size(job.args).bit_length()}"
+        return _bounded(f"{queue}/{upstream.body_size(job.args).bit_length()}")
 
     def _declare(self, name: str) -> _Declaration:
         task = self._app.tasks.get(name)
         where = f"the task {name}"
-        memory, soft, hard = (self._size(getattr(task, each, None), each, where) for each in NAMES)
-        key = getattr(task, "memsafe_key", None)
-        key = getattr(key, "__func__", key)  # an option of a task becomes a method of its class
-        found = _Declaration(_certain(memory), soft, hard, key if callable(key) else None)
+        memory, soft, hard = (self._size(self._read_of(task, each, where), each, where) for each in NAMES)
+        key = self._read_of(task, KEY, where)
+        if key is not None and not callable(key):
+            self._complain(
+                f"{KEY}={_shown(key)} of {where} is not valid, and is left out: it must be a function that "
+                "takes the arguments of a call."
+            )
+            key = None
+        found = _Declaration(None if memory is None else _certain(memory), soft, hard, key)
         self._declarations[name] = found
         return found
+
+    def _read_of(self, task: Any, name: str, where: str) -> Any:
+        try:
+            return _attribute(task, name)
+        except Exception as exc:  # noqa: BLE001 - the user's own property
+            self._complain(f"{name} of {where} can not be read, and is left out: {_shown(exc)}")
+            return None
 
     def _size(self, value: Any, name: str, where: str) -> int | None:
         if value is None:
             return None
         try:
-            return min(parse_computed_size(value), MOST_BYTES)
+            size = parse_computed_size(value)
         except (ValueError, TypeError, OverflowError):
-            self._complain(
-                f"{name}={value!r} of {where} is not valid, and is left out: it must be a number of bytes, "
-                "or a size such as '1.5GiB'."
-            )
-            return None
+            size = -1
+        if size >= LEAST_BYTES[name]:
+            return min(size, MOST_BYTES)
+        self._complain(
+            f"{name}={_shown(value)} of {where} is not valid, and is left out: it must be a number of bytes"
+            f"{' above 0' if LEAST_BYTES[name] else ''}, or a size such as '1.5GiB'."
+        )
+        return None
 
     def _complain(self, text: str) -> None:
         if text not in self._complained and len(self._complained) < MOST_COMPLAINTS:
@@ -162,5 +195,37 @@ class Sizes:
                 os.unlink(new)
 
 
-def _certain(size: int | None) -> Estimate | None:
-    return None if size is None else Estimate(size, size, known=True)
+def _certain(size: int) -> Estimate:
+    return Estimate(size, size, known=True)
+
+
+def _attribute(task: Any, name: str) -> Any:
+    """Return what a task's decorator was given under that name, or what its class has; else None.
+
+    The decorator makes a class, which it marks with ``__wrapped__``, with the options as its attributes. A
+    function among them is to be called as it is, but a method that somebody has written with its ``self``.
+    """
+    task = upstream.unproxied(task)
+    for attributes in (getattr(task, "__dict__", {}), *map(vars, type(task).__mro__)):
+        if name in attributes:
+            if "__wrapped__" in attributes and callable(attributes[name]):
+                return attributes[name]
+            break
+    return getattr(task, name, None)
+
+
+def _bounded(label: str) -> str:
+    """Return a label that is not too long, and another one for each that is."""
+    if len(label) <= MOST_LABEL:
+        return label
+    digest = hashlib.sha256(label.encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST_DIGITS]
+    return f"{label[: MOST_LABEL - DIGEST_DIGITS - 1]}~{digest}"
+
+
+def _shown(value: object) -> str:
+    """Return a value as a warning shows it: in one line, and not all of it if that is long."""
+    try:
+        text = " ".join(_brief.repr(value).splitlines())
+    except Exception:  # noqa: BLE001 - anybody's value; a number of 5000 digits has no repr
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
