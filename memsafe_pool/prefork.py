@@ -275,8 +275,13 @@ def _autoscale_maximum() -> int:
 
 
 def _exists(module: str) -> bool:
+    """Whether a module, or the package that it is in, can be found.
+
+    To look further would import the package, in the worker. If it lacks the module the forkserver says so.
+    """
+    package = module.partition(".")[0]
     try:
         with cwd_in_path():
-            return importlib.util.find_spec(module) is not None
+            return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         return False

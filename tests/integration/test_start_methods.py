@@ -145,6 +145,28 @@ def test_preloaded_modules(start_worker, env):
     assert {place["preloaded_by"] for place in places} == {pool(worker)["forkserver"]}
 
 
+@pytest.mark.parametrize("env", [{}, {"MEMSAFE_CHILD_ENV": "A=1"}], ids=["early", "fresh"])
+def test_a_preloaded_module_of_a_package(start_worker, env):
+    """The forkserver alone imports it and its package; the worker has neither."""
+    worker = start_worker("witness", config={"memsafe_preload": ["shelf.model"]}, env=env)
+    meet(worker, 2)
+    notes = [json.loads(line) for line in (worker.folder / "notes").read_text().splitlines()]
+    forkserver = pool(worker)["forkserver"]
+    for what in ("import package", "import module"):
+        assert [note["pid"] for note in notes if note["what"] == what] == [forkserver]
+
+
+def test_a_module_that_its_package_does_not_have(start_worker):
+    """The worker imports no package to look for it: the forkserver says that it is missing, and its name."""
+    worker = start_worker(config={"memsafe_preload": ["json.no_such_module"]})
+    worker.call("proj.pid")
+    worker.wait_for_log(
+        r"PoolWorker-\d+ \(pid none\) failed to start: the forkserver could not begin:\nTraceback"
+    )
+    worker.wait_for_log(r"\nModuleNotFoundError: No module named 'json\.no_such_module'\n", count=2)
+    assert worker.stop() == 0
+
+
 def test_the_forkserver_is_replaced(start_worker):
     """Killed, it is replaced; a running task does not notice, and new children come from the new one."""
     worker = start_worker(concurrency=2)

@@ -1,0 +1,5 @@
+"""In the package."""
+
+from witness import note
+
+note("import module")
