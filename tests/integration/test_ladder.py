@@ -123,6 +123,18 @@ def test_one_that_never_fits(start_contained, tally, task, config):
     assert memory(worker)["oom_kills"] == 0
 
 
+def test_one_that_is_not_to_be_tried_again(start_contained, tally):
+    """With ``memsafe_memory_tries`` of 0 it fails the first time, although it is acknowledged late."""
+    worker = start_contained(300, "hungry", concurrency=8, config={"memsafe_memory_tries": 0})
+    giant, *others = send(worker, tally, "need_late", [1000, *[15] * 16])
+    with pytest.raises(MemoryLimitExceeded, match=r"hungry\.need_late had taken"):
+        worker.get(giant)
+    all_done(worker, others)
+    assert tally.of("began") == once(17)
+    assert counters(worker) == {"kills": 1, "redelivered": 0, "by kernel": 0}
+    worker.until(lambda: worker.broker.waiting() == 0, "the broker to have nothing")
+
+
 def test_one_that_never_fits_and_is_acknowledged_early(start_contained, tally):
     """It fails the first time: nobody knows what it has done already."""
     worker = start_contained(300, "hungry", concurrency=8)
@@ -209,6 +221,15 @@ def test_what_is_said_is_set_aside(start_contained, tally, task, options):
     """By the task's declaration or the call's header, from the first task on: one at a time has room."""
     worker = start_contained(320, "hungry", concurrency=6)
     all_done(worker, send(worker, tally, task, [1] * 6, seconds=0.02, **options))
+    assert most_at_once(tally) == 1
+
+
+def test_a_retry_has_the_header_too(start_contained, tally):
+    """What is set aside for a call by its header is set aside for its retry."""
+    worker = start_contained(320, "hungry", concurrency=6)
+    results = send(worker, tally, "need_again", [1] * 4, seconds=0.5, headers={"memsafe_memory": "150MiB"})
+    all_done(worker, results)
+    assert tally.of("ended") == {str(number + again): 1 for number in range(4) for again in (0, 100)}
     assert most_at_once(tally) == 1
 
 

@@ -51,6 +51,15 @@ def need(path, value, mib, seconds=0.1):
     return have(path, value, mib, seconds)
 
 
+@app.task(bind=True, max_retries=1)
+def need_again(self, path, value, mib, seconds=0.1):
+    """As ``need``, and it fails the first time; the retry writes another number."""
+    have(path, value + 100 * self.request.retries, mib, seconds)
+    if not self.request.retries:
+        raise self.retry(countdown=0)
+    return value
+
+
 @app.task(acks_late=True)
 def need_late(path, value, mib, seconds=0.1):
     return have(path, value, mib, seconds)
