@@ -453,6 +453,7 @@ def test_the_oom_score_from_any_start(run, start):
         ("native.allocator()", 100_000),
         ("native.own_memory()", 100_000),
         ("native.peak()", 100_000),
+        ("native.measure()", 100_000),
         ("native.reset_peak()", 100_000),
         ("native.raise_oom_score_adj(0)", 100_000),
         ("refused(native.raise_oom_score_adj, -1)", 100_000),
