@@ -1,4 +1,4 @@
-"""Run every benchmark, one after the other, and print one table."""
+"""Run every benchmark but the `ladder_*` scripts, one after the other, and print one table."""
 
 from __future__ import annotations
 
