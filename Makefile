@@ -15,7 +15,11 @@ MODEL_EXAMPLES ?= 10000
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
+# What make check-ctypes runs, of which -k leaves out what needs the C helper.
+CTYPES_TESTS := tests/unit tests/native tests/integration/test_ladder.py tests/contract/test_reports.py
+
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --session-timeout $(TEST_SECONDS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CREATED := $(VENV)/.created-$(subst /,_,$(PYTHON))
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.[ch] csrc/*.py)
@@ -24,16 +28,17 @@ COMMA := ,
 # What a caller's shell has set must not leak into the virtual environment.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test pytest check-model lint format bench clean
+.PHONY: help demo test pytest check-model check-ctypes lint format bench clean
 
 help:
 	@echo "make demo    run a real worker on this pool, with nothing else to install"
 	@echo "make test    make lint and all tests; PYTEST_ARGS=... for pytest, TEST_PROCESSES=$(TEST_PROCESSES), PYTHON=$(PYTHON)"
 	@echo "make pytest  the tests alone"
 	@echo "make check-model  search longer for what the rules do not think of: MODEL_EXAMPLES=$(MODEL_EXAMPLES)"
+	@echo "make check-ctypes  some of the tests, without the C helper"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff format the code"
-	@echo "make bench   measure against Celery's own pool"
+	@echo "make bench   measure against Celery's own pool; benchmarks/ladder.py does so in cgroups"
 	@echo "make clean   remove what these made"
 
 demo: $(VENV)/.installed
@@ -47,11 +52,17 @@ test: $(VENV)/.installed-test
 	test -z "$$failed" || { echo "make test: failed: $$failed" >&2; exit 1; }
 
 pytest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --session-timeout $(TEST_SECONDS) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # Half of them on machines where nobody lies: there memory must not even pass the budget.
 check-model: $(VENV)/.installed-test
 	MODEL_EXAMPLES=$(MODEL_EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 -o faulthandler_timeout=0 tests/unit/test_model.py $(PYTEST_ARGS)
+
+# Without the C helper in any interpreter, also where it is built.
+check-ctypes: $(VENV)/.installed-test
+	export PYTHONPATH=$(CURDIR)/tests/harness/no_extension; \
+	$(BIN)/python -c 'from memsafe_pool import native; assert not native.HAVE_EXTENSION' && \
+	$(PYTEST) $(CTYPES_TESTS) -k "not extension and not nothing_is_missing" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	@failed=; \
