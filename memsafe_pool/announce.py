@@ -82,9 +82,8 @@ def lines(
     surroundings: Surroundings,
     *,
     worker_bytes: int,
-    child_bytes: int | None,
+    child_bytes: int,
     bound: int,
-    transport: str | None = None,
 ) -> tuple[str, list[str]]:
     """Return the line for the log, and the warnings.
 
@@ -93,33 +92,24 @@ def lines(
         budget: What may be used.
         surroundings: What else there is.
         worker_bytes: What the worker has, with its forkserver.
-        child_bytes: What a child costs before its first task; None where that is not known.
+        child_bytes: What a child costs before its first task.
         bound: The upper bound of the number of children, ``-c``.
-        transport: The broker's transport if its prefetch count cannot be changed while it runs.
     """
+    _, room = budget.left(reading.headroom_bytes, lambda: worker_bytes)
+    count = max(room // max(child_bytes, 1), 0)
     line = (
         f"Memory: limit {mib(budget.limit)} ({reading.lowest_limit_source}), budget {mib(budget.bytes)}; "
-        f"the worker has {mib(worker_bytes)}"
+        f"the worker has {mib(worker_bytes)}, a child about {mib(child_bytes)}: room for {count} "
+        f"{'child' if count == 1 else 'children'} at once, -c is {bound}."
     )
     warnings = [budget.warning] if budget.warning else []
-    if child_bytes is None:
-        line += f"; -c is {bound}."
-    else:
-        room = reading.headroom_bytes - budget.margin
-        if not budget.auto:
-            room = min(room, budget.bytes - worker_bytes)
-        count = max(room // max(child_bytes, 1), 0)
-        line += (
-            f", a child about {mib(child_bytes)}: room for {count} {'child' if count == 1 else 'children'} "
-            f"at once, -c is {bound}."
+    if not count:
+        warnings.append(
+            f"There is no room for a child: {mib(max(room, 0))} are left of the memory budget of "
+            f"{mib(budget.bytes)}, and a child takes about {mib(child_bytes)} before its first task. "
+            "Tasks will run one at a time, as long as that goes well: raise the memory limit."
         )
-        if not count:
-            warnings.append(
-                f"There is no room for a child: {mib(max(room, 0))} are left of the memory budget of "
-                f"{mib(budget.bytes)}, and a child takes about {mib(child_bytes)} before its first task. "
-                "Tasks will run one at a time, as long as that goes well: raise the memory limit."
-            )
-    warnings += _defeats(reading, surroundings, transport)
+    warnings += _defeats(reading, surroundings)
     return line, warnings
 
 
@@ -130,7 +120,7 @@ def say(line: str, warnings: list[str]) -> None:
         logger.warning("%s", text)
 
 
-def _defeats(reading: Reading, surroundings: Surroundings, transport: str | None) -> Iterator[str]:
+def _defeats(reading: Reading, surroundings: Surroundings) -> Iterator[str]:
     if reading.oom_group:
         yield (
             f"The kernel ends all processes of {reading.cgroup or 'the cgroup'} when it ends one for want of "
@@ -153,11 +143,6 @@ def _defeats(reading: Reading, surroundings: Surroundings, transport: str | None
         yield (
             "vm.overcommit_memory is 2: the system refuses memory by what processes have asked for, not by "
             "what they use. Tasks may get a MemoryError, and children may not start, while there is room."
-        )
-    if transport:
-        yield (
-            f"With the broker's transport {transport!r} the prefetch count cannot be changed: tasks for "
-            "which there is no memory wait here, also while another worker is free."
         )
 
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from memsafe_pool.pauses import MARGIN_BYTES, MARGIN_SHARE
+
 __all__ = ["Budget", "find", "margin"]
 
 _MIB = 1 << 20
 
-#: The share of a limit that is kept free.
-MARGIN_SHARE = 10
+#: The part of a limit that is kept free.
+FREE_PART = 10
 
 #: What is kept free at least: between two looks, some ms apart, two cores can touch 15 to 30 MB, and the
 #: kernel charges processes by itself for page tables, sockets, and 64 pages ahead for each core. None of this
 #: is less in a small container.
 LEAST_MARGIN_BYTES = 32 * _MIB
 
-#: But no more than this share, or nothing would be left of a very small one.
-MOST_MARGIN_SHARE = 4
+#: But no more than this part, or nothing would be left of a very small one.
+MOST_FREE_PART = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,18 @@ class Budget:
 
     @property
     def ceiling(self) -> int:
-        """What must not be reached: the limit, or a size below it."""
-        return self.limit if self.auto else min(self.limit, self.bytes)
+        """What must not be reached: the limit; above a size, as much more as pauses keep free below it.
+
+        So tasks are paused where all of the size is used, and not before.
+        """
+        if self.auto:
+            return self.limit
+        return min(
+            self.limit, self.bytes + max(int(self.bytes * MARGIN_SHARE / (1 - MARGIN_SHARE)), MARGIN_BYTES)
+        )
 
     def left(self, headroom: int, own: Callable[[], int]) -> tuple[int, int]:
         """Return the bytes that are left until the ceiling, and until what may be used.
-
-        A size is kept by what is admitted, as if it were a limit: what is paused comes a little further.
 
         Arguments:
             headroom: Bytes that are left under the limit.
@@ -65,8 +72,8 @@ class Budget:
         within = headroom - self.margin
         if self.auto:
             return headroom, within
-        left = min(headroom, self.bytes - own())
-        return left, min(within, left - margin(self.bytes))
+        left = self.bytes - own()
+        return min(headroom, left + self.ceiling - self.bytes), min(within, left)
 
     @property
     def lowered(self) -> bool:
@@ -81,7 +88,7 @@ def margin(limit: int) -> int:
     below. So the budget is 90 %, or ``limit - 32 MiB``, or 75 %: a higher limit never means a lower budget,
     and it is more than 0.
     """
-    return max(limit // MARGIN_SHARE, min(LEAST_MARGIN_BYTES, limit // MOST_MARGIN_SHARE))
+    return max(limit // FREE_PART, min(LEAST_MARGIN_BYTES, limit // MOST_FREE_PART))
 
 
 def find(setting: str | float, limit: int) -> Budget:

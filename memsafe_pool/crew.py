@@ -52,8 +52,12 @@ class Listener(Protocol):
     def on_message(self, child: Child, kind: int, number: int, value: float, payload: memoryview) -> None:
         """Act on a message of a child, see ``wire``."""
 
-    def on_gone(self, child: Child, exitcode: int | None, *, failed: bool) -> None:
-        """Act on a child's end; ``failed``: it never was ready, and nobody wanted it to end."""
+    def on_gone(self, child: Child, exitcode: int | None, *, failed: bool, by_kernel: bool) -> None:
+        """Act on a child's end.
+
+        ``failed``: it never was ready, and nobody wanted it to end; ``by_kernel``: the kernel has killed it,
+        as memory was out.
+        """
 
     def on_hopeless(self, reason: str) -> None:
         """Act on it that no child can be started, now or later."""
@@ -69,6 +73,7 @@ class Crew:
         mailbox: For what the loop and its timers call; those may fire in another thread.
         fleet: The record of them.
         watch: Stops children for a while, and must not do that to those that are to end.
+        killed_by_kernel: Tells whether the kernel has killed somebody, as memory was out; each time once.
         start_timeout: Seconds a child may take until it is ready.
     """
 
@@ -81,6 +86,7 @@ class Crew:
         *,
         fleet: Fleet,
         watch: Watch,
+        killed_by_kernel: Callable[[], bool],
         start_timeout: float,
     ) -> None:
         self.fleet = fleet
@@ -91,6 +97,7 @@ class Crew:
         self._listener = listener
         self.post = mailbox.post
         self._watch = watch
+        self._killed_by_kernel = killed_by_kernel
         self._start_timeout = start_timeout
         self.start_method = make_start_method(self, origin)
         # What was fallen back from: its process has to end, and to be reaped.
@@ -288,6 +295,12 @@ class Crew:
         if child.state is State.GONE:
             return
         failed = not child.was_ready and not child.expected
+        by_kernel = (
+            exitcode == -signal.SIGKILL
+            and not child.expected
+            and child.failure is None
+            and self._killed_by_kernel()
+        )
         child.link.close()
         if child.sentinel >= 0:
             self.hub.remove(child.sentinel)
@@ -295,8 +308,8 @@ class Crew:
             child.sentinel = -1
         self.fleet.move(child, State.GONE)
         self._watch.gone(child)
-        _log_end(child, exitcode, failed=failed)
-        self._listener.on_gone(child, exitcode, failed=failed)
+        _log_end(child, exitcode, failed=failed, by_kernel=by_kernel)
+        self._listener.on_gone(child, exitcode, failed=failed, by_kernel=by_kernel)
 
     def tick(self, now: float) -> None:
         """Look at the clock for children that are late."""
@@ -312,14 +325,15 @@ class Crew:
             method.tick(now)
 
 
-def _log_end(child: Child, exitcode: int | None, *, failed: bool) -> None:
+def _log_end(child: Child, exitcode: int | None, *, failed: bool, by_kernel: bool) -> None:
+    why = ": the kernel has killed it, as memory was out" if by_kernel else ""
     if child.expected:
         logger.debug("%s ended: %s", child, exitcode)
     elif failed:
-        how = child.failure or f"it ended before it was ready: {upstream.human_status(exitcode)}"
+        how = child.failure or f"it ended before it was ready: {upstream.human_status(exitcode)}{why}"
         logger.error("%s (pid %s) failed to start: %s", child.name, child.pid or "none", how)
     elif exitcode:
         # Stock's words: people have alerts on them.
         logger.error(
-            "Process %r pid:%r exited with %r", child.name, child.pid, upstream.human_status(exitcode)
+            "Process %r pid:%r exited with %r%s", child.name, child.pid, upstream.human_status(exitcode), why
         )

@@ -133,6 +133,7 @@ class Engine:
             self._mailbox,
             fleet=self.fleet,
             watch=self.watch,
+            killed_by_kernel=self.steward.killed_by_kernel,
             start_timeout=start_timeout,
         )
         self.ledger = Ledger(self.fleet)
@@ -182,7 +183,11 @@ class Engine:
         self._catch_up(*self.fleet.children)
         self._time_limits.attach(hub, self.jobs.values())
         self.watch.start()
-        self.steward.announce(self._account().total, self.supervisor.bound)
+        account = self._account()
+        if self.crew.start_method.name == "spawn" and not self.crew.starts:
+            # The best guess until there is one: it imports what the worker has imported.
+            self.steward.learn_start(account.worker)
+        self.steward.announce(account.total, self.supervisor.bound)
         self._decide(supervisor.Tick())
         self._check_closed()
 
@@ -527,17 +532,16 @@ class Engine:
         child.idle_since = time.monotonic()
         self.fleet.idle.append(child)
 
-    def on_gone(self, child: Child, exitcode: int | None, *, failed: bool) -> None:
+    def on_gone(self, child: Child, exitcode: int | None, *, failed: bool, by_kernel: bool) -> None:
         """Act on a child's end."""
         if child is self._victim:
             self._victim, self._victim_left = None, time.monotonic()
         job, child.job = child.job, None
         if job is not None:
             self.supervisor.ended(job)
-            self._on_job_left(child, job, exitcode)
+            self._on_job_left(child, job, exitcode, by_kernel=by_kernel)
         # Memory was out, which says nothing of the app: it is tried again, but not at once.
-        no_memory = failed and exitcode == -signal.SIGKILL and self.steward.killed_by_kernel()
-        self._decide(supervisor.Gone(failed, child.born, child, no_memory=no_memory))
+        self._decide(supervisor.Gone(failed, child.born, child, no_memory=failed and by_kernel))
         self._check_closed()
 
     def on_hopeless(self, reason: str) -> None:
@@ -545,27 +549,31 @@ class Engine:
         logger.critical("Stopping the worker: %s.", reason)
         upstream.stop_worker(os.EX_SOFTWARE)
 
-    def _on_job_left(self, child: Child, job: Job, exitcode: int | None) -> None:
+    def _on_job_left(self, child: Child, job: Job, exitcode: int | None, *, by_kernel: bool) -> None:
         """Settle a job whose child has ended."""
         job.child = None
         if job.done:
             return
         if child.job_terminated:
-            if job.accepted_at is None:
-                self._accept(job, child.pid, time.monotonic())
-            self._finish(job, False, upstream.failed(upstream.Terminated(-(exitcode or 0))))
+            self._fail(job, child, upstream.failed(upstream.Terminated(-(exitcode or 0))))
         elif self.state == upstream.TERMINATE:
             self._forget(job)
-        elif job.accepted_at is not None and (reason := self._out_of_memory(child, job, exitcode)):
-            self._on_memory_lost(job, reason, exitcode)
+        elif reason := self._out_of_memory(child, job, by_kernel=by_kernel):
+            self._on_memory_lost(child, job, reason, exitcode)
         elif job.accepted_at is not None or job.tries >= MAX_TRIES:
-            self._finish(job, False, lost(job, exitcode))
+            self._fail(job, child, lost(job, exitcode))
         elif self.state == upstream.RUN:
             job.tries += 1
             job.leave()
             self._give_again(job)
         else:
             self._forget(job)
+
+    def _fail(self, job: Job, child: Child, error: Any, *, final: bool = False) -> None:
+        """End a job that its child will not end any more."""
+        if job.accepted_at is None:
+            self._accept(job, child.pid, time.monotonic())  # so that it is acknowledged
+        self._finish(job, False, error, final=final)
 
     # -- memory
 
@@ -650,29 +658,26 @@ class Engine:
         logger.error("Ending %s in %s: %s", job, child, child.memory_error)
         self.crew.kill(child, signal.SIGKILL)
 
-    def _out_of_memory(self, child: Child, job: Job, exitcode: int | None) -> str | None:
+    def _out_of_memory(self, child: Child, job: Job, *, by_kernel: bool) -> str | None:
         """Return why a child has ended, if that was for want of memory."""
-        if child.memory_error is not None:
+        if not by_kernel:
             return child.memory_error
-        if exitcode != -signal.SIGKILL or child.expected:
-            return None
-        if not self.steward.killed_by_kernel():
-            return None  # somebody else has
         return (
             f"{job.name} had taken {mib(job.grown)} when looked at last, and the kernel has ended its "
             f"child, as memory was out. {self.steward.describe()}"
         )
 
-    def _on_memory_lost(self, job: Job, reason: str, exitcode: int | None) -> None:
+    def _on_memory_lost(self, child: Child, job: Job, reason: str, exitcode: int | None) -> None:
         """Run a job again that was ended for want of memory, with more room, or say that it has failed."""
-        again = not job.alone and job.memory_tries < self.steward.terms.tries and job.redeliverable
+        may_run_again = job.redeliverable or job.accepted_at is None
+        again = not job.alone and job.memory_tries < self.steward.terms.tries and may_run_again
         self.sizes.rise(job, job.grown)  # it would have needed more
         if job.delivered_again:
             logger.warning("%s is not run again here, as the broker has delivered it again: %s", job, reason)
             self._give_up(job)
             upstream.leave_to_broker(job.request)
             return
-        if self.state != upstream.RUN and job.redeliverable:
+        if self.state != upstream.RUN and may_run_again:
             self._forget(job)  # the broker delivers it again
             return
         if again:
@@ -690,7 +695,7 @@ class Engine:
         text = f"{reason} Job: {job.id}."
         if exitcode is not None:
             text = f"{upstream.human_status(exitcode)}: {text}"
-        self._finish(job, False, upstream.failed(MemoryLimitExceeded(text)), final=True)
+        self._fail(job, child, upstream.failed(MemoryLimitExceeded(text)), final=True)
 
     # -- decisions
 

@@ -42,6 +42,7 @@ class Child:
         tasks: Tasks it has ended.
         report: What it last said of its memory; all 0 before it was ready.
         first_private_bytes: Its private memory when it was ready.
+        ending_bytes: What its task had taken when it was told or made to go.
         loaded_bytes, ran: See ``recycle.FirstRuns``.
         most_bytes: The most that was ever resident in it while it ran a task.
         trims: How often it has given memory back; ``trimmed_bytes``: how much that was.
@@ -57,6 +58,7 @@ class Child:
 
     __slots__ = (
         "born",
+        "ending_bytes",
         "expected",
         "failure",
         "first_private_bytes",
@@ -101,7 +103,7 @@ class Child:
         self.sentinel = -1
         self.report = Report()
         self.tasks = self.first_private_bytes = self.most_bytes = self.trims = self.trimmed_bytes = 0
-        self.loaded_bytes = 0
+        self.loaded_bytes = self.ending_bytes = 0
         self.ran: dict[str, int] = {}
         self.idle_since = 0.0
         self.job: Job | None = None
@@ -113,8 +115,8 @@ class Child:
 
     @property
     def private_bytes(self) -> int:
-        """Its private memory, by its last report."""
-        return self.report.private
+        """Its private memory, by its last report; of one that leaves, with what its task had taken."""
+        return self.report.private + self.ending_bytes
 
     @property
     def growth_bytes(self) -> int:
@@ -199,6 +201,7 @@ class Fleet:
         self.leaving_children.discard(child)
         child.state = state
         if state is State.LEAVING:
+            child.ending_bytes = child.job.grown if child.job is not None else 0
             self.leaving_children.add(child)
         elif state is State.IDLE:
             self.idle.append(child)

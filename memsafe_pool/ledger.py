@@ -82,11 +82,14 @@ class Ledger:
         """
         with contextlib.suppress(OSError):  # it has just ended
             if child.state is State.BUSY:
-                grown = memory.anonymous_bytes(child.pid) - child.report.anonymous
-                return max(child.report.private + grown, 0)
+                now = memory.anonymous_bytes(child.pid)
+                if now:
+                    return max(child.report.private + now - child.report.anonymous, 0)
+                # A zombie: the kernel shows nothing of it any more.
+                return child.private_bytes + (child.job.grown if child.job is not None else 0)
             if child.state is State.STARTING and child.pid:
                 return memory.private_bytes(child.pid)
-        return child.report.private
+        return child.private_bytes
 
     def coming_bytes(self, child_bytes: int, *, forked: bool = True) -> int:
         """Return what starting children are still going to take; may be called in any thread.

@@ -189,12 +189,12 @@ def private_bytes(pid: Pid = "self") -> int:
         return int(found.memory_full_info().uss)
 
 
-def shared_memory_bytes() -> int:
-    """Return the resident memory of this process that is shared memory and no file; 0 where unknown.
+def shared_memory_bytes(pid: Pid = "self") -> int:
+    """Return the resident memory of a process that is shared memory and no file; 0 where unknown.
 
-    ``RssShmem`` of ``/proc/self/status``, about 20 us.
+    ``RssShmem`` of ``/proc/<pid>/status``, about 20 us.
     """
-    return _status_bytes("self", b"RssShmem") or 0
+    return _status_bytes(pid, b"RssShmem") or 0
 
 
 def _peak_bytes(pid: Pid) -> int:

@@ -74,6 +74,9 @@ KNOWN_LOOKS = 1024
 #: Messages and results up to this size do not change what a process has by much.
 SMALL_BYTES = 64 << 10
 
+#: Seconds without work before another trim at least, when the last one has won little.
+LEAST_DELAY_SECONDS = 1.0
+
 #: A trim threshold that is never reached; the largest number that the allocator takes.
 _NEVER = 2**31 - 1
 
@@ -398,7 +401,7 @@ class Meter:
         except OSError:
             won = 0  # it can not be seen what was won
         if won < self._trim_bytes // 2:
-            self._delay = min(2 * self._delay, max(60.0, self._delay))
+            self._delay = min(max(2 * self._delay, LEAST_DELAY_SECONDS), max(60.0, self._delay))
         else:
             self._delay = self._trim_idle or 0.0
         now = self._measure()

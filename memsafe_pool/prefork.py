@@ -234,6 +234,7 @@ def _memory(pool: Engine) -> dict[str, Any]:
         "used": reading.used_bytes,
         "headroom": reading.headroom_bytes,
         "oom_kills": reading.oom_kills,
+        "allocator": native.allocator(),
         "worker": account.worker,
         "forkserver": account.forkserver,
         "children": account.children,

@@ -102,8 +102,9 @@ class Reading:
         physical_bytes: The machine's memory.
         cgroup: The folder of the cgroup that memory is charged to; None where there is none.
         oom_kills: Processes that the kernel has killed for want of memory. Version 2: in this cgroup and
-            below, whatever limit it was for. Version 1: in this cgroup alone. It begins anew in another
-            cgroup: compare two readings only if ``cgroup`` is the same. None where the kernel does not count.
+            below, whatever limit it was for. Version 1: in this cgroup alone. Without a cgroup: on the whole
+            machine. It begins anew in another cgroup: compare two readings only if ``cgroup`` is the same.
+            None where the kernel does not count.
         oom_group: Whether the kernel kills all of a cgroup when it kills one process of it
             (``memory.oom.group`` here or in an ancestor). False where it cannot. None where there is no
             cgroup.
@@ -184,7 +185,7 @@ class Probe:
         machine = self._machine()
         place = find(self._files, "self" if self._pid is None else self._pid)
         if place is None:
-            return self._reading(machine, _Group([]), self._pressure(None))
+            return self._reading(machine, self._no_group(), self._pressure(None))
         if place.version == 1:
             return self._reading(machine, self._version_1(place, machine.limit), self._pressure(None))
         return self._reading(machine, self._version_2(place, machine.limit), self._pressure(place.own))
@@ -298,11 +299,18 @@ class Probe:
                 levels.append(self._level(found, f"{folder}/memory.current", stat_file, None))
             group = group or self._is_group(f"{folder}/memory.oom.group")
         if charged is None:
-            return _Group([])
+            return self._no_group()
         path = f"{charged}/memory.events"
         text = files.get(path, "out-of-memory kills are not counted", optional=True)
         kills = files.number_on_line(path, text, b"oom_kill ", "out-of-memory kills are not counted")
         return _Group(levels, min(highs, default=None), prefix + charged, kills, group)
+
+    def _no_group(self) -> _Group:
+        """What holds where memory is charged to no cgroup."""
+        path, fallback = "/proc/vmstat", "out-of-memory kills are not counted"
+        text = self._files.get(path, fallback, optional=True)
+        # Linux 4.13 and later count them.
+        return _Group([], oom_kills=None if text is None else field(text, b"oom_kill "))
 
     def _is_group(self, path: str) -> bool:
         fallback = "taken as 0"

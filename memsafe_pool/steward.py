@@ -121,7 +121,7 @@ class Steward:
 
     def _own_bytes(self) -> int:
         """What the pool has, but for what running tasks have taken."""
-        return self._base_bytes + sum(child.report.private for child in list(self._fleet.children))
+        return self._base_bytes + sum(child.private_bytes for child in list(self._fleet.children))
 
     def announce(self, worker_bytes: int, bound: int) -> None:
         """Say once what there is, and what would defeat us."""

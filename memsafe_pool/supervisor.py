@@ -348,7 +348,7 @@ class Supervisor:
     def watches_tasks(self) -> bool:
         """Whether :class:`Done` can lead to anything, so that it need not be told for nothing."""
         rules = self.rules
-        return bool(rules.hard or rules.max_age or self._due or self._surplus > 0)
+        return bool(rules.hard or rules.max_age is not None or self._due or self._surplus > 0)
 
     # -- what happens
 

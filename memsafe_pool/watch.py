@@ -46,6 +46,9 @@ LIMITED_SECONDS = 0.02
 #: it from that, or not where it counts.
 OVERRUN_SHARE, OVERRUN_BYTES = 1.1, 16 << 20
 
+#: A child may grow by so much of files and shared memory before the kernel is asked which of the two it is.
+SHARED_BYTES = 4 << 20
+
 #: Seconds for which a child that was sent a signal is not stopped: it has to get to act on it.
 SPARED_SECONDS = 5.0
 
@@ -56,11 +59,12 @@ STUCK_AGAIN_SECONDS = 0.5
 class _Run:
     """One running task."""
 
-    __slots__ = ("child", "growing", "job", "spared_until", "told")
+    __slots__ = ("child", "growing", "in_shared", "job", "spared_until", "told")
 
     def __init__(self, child: Child, job: Job) -> None:
         self.child, self.job = child, job
         self.growing = False
+        self.in_shared = 0  # of what it has taken, in shared memory: others may have the same
         self.spared_until = float("-inf")
         self.told: set[bool] = set()
 
@@ -293,7 +297,7 @@ class Watch:
         """
 
         def own() -> int:
-            return self._own_bytes() + sum(run.job.grown for run in list(self._runs.values()))
+            return self._own_bytes() + sum(run.job.grown - run.in_shared for run in list(self._runs.values()))
 
         return self.budget.left(self._gauge.headroom() - others, own)
 
@@ -301,17 +305,30 @@ class Watch:
         for child, run in list(self._runs.items()):
             # It may have just ended; there may be no descriptor left.
             with contextlib.suppress(OSError, IndexError, ValueError):
-                run.job.grown = max(self._grown(child), 0)
+                grown, run.in_shared = self._grown(child)
+                run.job.grown = max(grown, 0)
 
-    def _grown(self, child: Child) -> int:
-        """Return what a child has beyond what it said last, which was before its task began."""
+    def _grown(self, child: Child) -> tuple[int, int]:
+        """Return what a child has beyond what it said last, which was before its task began.
+
+        The second number is what of it is shared memory.
+
+        Raises:
+            OSError, IndexError, ValueError: It has ended.
+        """
+        report = child.report
         if sys.platform != "linux":
-            return memory.resident_bytes(child.pid) - child.report.resident
+            return memory.resident_bytes(child.pid) - report.resident, 0
         descriptor = self._statm.get(child)
         if descriptor is None:
             descriptor = self._statm[child] = os.open(f"/proc/{child.pid}/statm", os.O_RDONLY)
         resident, shared = memory.parse_statm(os.pread(descriptor, memory.STATM_BYTES, 0))
-        return resident - shared - child.report.anonymous
+        if not resident:
+            raise ProcessLookupError
+        # Shared memory is in one number with files, which are not the task's doing.
+        in_shared = shared - (report.resident - report.anonymous)
+        in_shared = min(in_shared, memory.shared_memory_bytes(child.pid)) if in_shared > SHARED_BYTES else 0
+        return resident - shared - report.anonymous + in_shared, in_shared
 
     def _hurry(self) -> None:
         if not 0 <= self._wakes_at - time.monotonic() <= DOZE_SECONDS:

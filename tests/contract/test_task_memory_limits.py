@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memsafe_pool import SoftMemoryLimitExceeded
+from memsafe_pool import MemoryLimitExceeded, SoftMemoryLimitExceeded
 
 pytestmark = pytest.mark.ours_only("memory limits of tasks")
 
@@ -37,6 +37,15 @@ def test_a_hard_limit_is_a_memory_error_in_the_task(worker):
         worker.run("bounded.take", 100, headers={"memsafe_hard_limit": "60MiB"})
     assert worker.run("bounded.take", 100) == 100
     assert pid in worker.children()
+
+
+def test_shared_memory_counts(worker):
+    """The soft limit is told; above the hard one, which the kernel does not hold there, the task is ended."""
+    with pytest.raises(SoftMemoryLimitExceeded):
+        worker.run("bounded.share", 100, headers={"memsafe_soft_limit": "40MiB"})
+    with pytest.raises(MemoryLimitExceeded, match=r"its own limit is 40 MiB \(memsafe_hard_limit\)"):
+        worker.run("bounded.share", 100, headers={"memsafe_hard_limit": "40MiB"})
+    assert worker.run("bounded.share", 20, headers={"memsafe_hard_limit": "40MiB"}) == 20
 
 
 def test_a_wrong_limit_is_one_warning(worker):

@@ -149,6 +149,17 @@ def test_in_the_middle_of_receiving_an_argument(lone_worker, tmp_path):
     assert tally.runs() == {"first": 1, str(SIZE): 1}
 
 
+def test_an_argument_that_no_child_can_receive(start_worker, redis):
+    """With the fourth child that ends over it the task is lost, and acknowledged: it does not come again."""
+    worker = start_worker("obstacle", broker=redis)
+    (worker.folder / "init").write_text("narrow")
+    with pytest.raises(WorkerLostError, match="exitcode 1"):
+        worker.run("obstacle.length", "x" * SIZE)
+    assert worker.log().count("exited with 'exitcode 1'") == 4
+    assert worker.stop() == 0
+    assert redis.waiting() == 0
+
+
 def test_in_the_middle_of_sending_a_result(lone_worker):
     """Half of a failure of 50 MB can be read when the child is killed: that task has failed, others run."""
     worker, gate = lone_worker, lone_worker.gate()

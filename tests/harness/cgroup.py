@@ -87,6 +87,11 @@ class Cgroup:
         name = {1: "memory.usage_in_bytes", 2: "memory.current"}[self.version]
         return int((self.folder / name).read_text())
 
+    @property
+    def kills_file(self) -> Path:
+        """Where the kernel counts the processes it has killed for want of memory: a line ``oom_kill``."""
+        return self.folder / {1: "memory.oom_control", 2: "memory.events"}[self.version]
+
     def add(self, pid: int) -> None:
         """Move a process into it."""
         self.write("cgroup.procs", pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 
@@ -39,6 +40,17 @@ def told(mib):
 @app.task(memsafe_hard_limit="60MiB")
 def bounded(mib):
     return grow(mib)
+
+
+@app.task
+def share(mib):
+    """Take so much of shared memory, in steps of 4 MiB."""
+    shared = mmap.mmap(-1, mib * MIB)
+    for _ in range(mib // 4):
+        shared.write(b"x" * (4 * MIB))
+        time.sleep(0.002)
+    time.sleep(0.5)
+    return mib
 
 
 @app.task

@@ -67,13 +67,6 @@ def test_on_a_machine(told):
     assert it.warnings == []
 
 
-def test_a_child_that_nobody_has_seen(told):
-    """Then nothing is said of how many there are room for."""
-    it = told(trees.DOCKER_V2, child_bytes=None)
-    assert it.line.endswith("; the worker has 85 MiB; -c is 20.")
-    assert it.warnings == []
-
-
 def test_room_for_one(told):
     """One child is a child."""
     assert "room for 1 child at once" in told(trees.DOCKER_V2, child_bytes=200 * MB).line
@@ -274,12 +267,6 @@ def test_overcommit(told, text, warned):
         assert it.warning.startswith("vm.overcommit_memory is 2: ")
 
 
-def test_transport(told):
-    """One whose prefetch cannot be changed is named."""
-    it = told(trees.DOCKER_V2, transport="kafka")
-    assert it.warning.startswith("With the broker's transport 'kafka' the prefetch count cannot be changed: ")
-
-
 def test_several_at_once(told):
     """Each has a line of its own."""
     it = told(
@@ -287,9 +274,8 @@ def test_several_at_once(told):
         SWAPS,
         {f"{V1}/memory.memsw.limit_in_bytes": f"{1 * GB}\n", "/proc/sys/vm/overcommit_memory": "2\n"},
         setting=1 * GB,
-        transport="kafka",
     )
-    assert len(it.warnings) == 5
+    assert len(it.warnings) == 4
     assert all("\n" not in text and text[-1] == "." for text in [it.line, *it.warnings])
 
 

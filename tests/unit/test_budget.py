@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsafe_pool.budget import LEAST_MARGIN_BYTES, find, margin
+from memsafe_pool.pauses import MARGIN_BYTES, MARGIN_SHARE
 from memsafe_pool.settings import SettingError, load
 
 LIMITS = st.integers(1, 1 << 50)
@@ -60,6 +61,23 @@ def test_a_size_that_is_not_below_the_limit(size):
         f"memsafe_memory_budget is {size // MB} MiB, but the memory limit is 512 MiB: "
         "460 MiB are used as the budget."
     )
+
+
+@pytest.mark.parametrize(("setting", "within"), [(0.9, 900), (0.95, 950), (900 * MB, 900), (200 * MB, 200)])
+def test_all_of_a_size_may_be_used(setting, within):
+    """What is admitted comes that far; the ceiling for what is paused is where that stops there, too."""
+    found = find(setting, 1000 * MB)
+    left, admissible = found.left(1000 * MB, lambda: 0)
+    assert admissible == within * MB
+    pauses_keep = max(MARGIN_SHARE * found.ceiling, MARGIN_BYTES)
+    assert left - pauses_keep == pytest.approx(min(within * MB, 970 * MB), abs=1)
+
+
+def test_what_others_use_counts_for_a_size():
+    """No more is left than under the limit, less what stays free there; nor than is left of the size."""
+    found = find(500 * MB, 1000 * MB)
+    assert found.left(300 * MB, lambda: 100 * MB) == (300 * MB, 200 * MB)
+    assert found.left(900 * MB, lambda: 450 * MB)[1] == 50 * MB
 
 
 def test_a_share():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -91,6 +93,18 @@ def test_a_dead_child_counts_until_it_is_reaped(fleet, add, state):
     assert ledger.account(None).children == 7 * MIB
     fleet.move(child, State.GONE)
     assert ledger.account(None).children == 0
+
+
+def test_what_a_task_had_counts_until_its_child_is_reaped(fleet, add, process):
+    """Whether the child was made to go in the middle of it, or has ended by itself and is a zombie."""
+    ledger, child = Ledger(fleet), add(State.BUSY, pid=process(30), private=7 * MIB, anonymous=8 * MIB)
+    child.job = Job(len, ("x",), {})
+    child.job.grown = 40 * MIB
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert ledger.private_bytes(child) == 47 * MIB
+    fleet.move(child, State.LEAVING)
+    assert child.private_bytes == ledger.private_bytes(child) == 47 * MIB
 
 
 def test_the_forkservers_memory_counts_once(fleet, add, process):

@@ -362,6 +362,20 @@ def test_garbage_is_collected_before():
     """)
 
 
+def test_trims_that_win_little_become_rare_also_without_a_delay():
+    """Who wants them at once does not want them all the time."""
+    run("""
+        meter = Meter(8 * MIB, 0.0)
+        kept = []
+        delays = []
+        for _ in range(4):
+            measure(meter, lambda: kept.append(bytearray(10 * MIB)))
+            delays.append(meter.patience)
+            meter.trim()
+        assert delays == [0.0, 1.0, 2.0, 4.0], delays
+    """)
+
+
 def test_trims_that_win_little_become_rare():
     """Growth that is in use is not worth a look every time; a good trim makes it as before."""
     run("""

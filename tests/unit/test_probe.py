@@ -273,6 +273,16 @@ def test_version_1_kills_of_an_old_kernel(seen):
     assert "kills are not counted" in it.warning()
 
 
+def test_kills_of_the_machine(seen):
+    """Where memory is charged to no cgroup, all kills count; an old kernel has no such line."""
+    it = seen(trees.UNLIMITED_V2, {"/proc/self/cgroup": "0::/\n", f"{V2}/memory.current": None})
+    assert it.read().oom_kills is None
+    it.change({"/proc/vmstat": "pgfault 7\noom_kill 3\noom_kill_more 9\n"})
+    assert it.read().oom_kills == 3
+    it.change({"/proc/vmstat": "pgfault 7\n"})
+    assert it.read().oom_kills is None
+
+
 # Pressure
 
 

@@ -641,6 +641,15 @@ def test_where_there_is_no_room_for_two_the_old_one_goes_first():
     assert list(reasons(pool.done(child, private_bytes=20 * MIB))) == [child]
 
 
+def test_children_of_one_task():
+    """At most 0 s old: that is a rule, too."""
+    pool = Pool(bound=1)
+    [child] = pool.with_children(1)
+    pool.supervisor.rules.max_age = 0.0
+    pool.submit()
+    assert pool.done(child) == [Start(1)]
+
+
 def test_children_are_replaced_one_after_the_other():
     """Not all at once, though all have grown alike."""
     pool = Pool(bound=4, max_growth_bytes=10 * MIB, max_age=1e9)
