@@ -6,7 +6,7 @@ VENV ?= .venv
 # Test processes. Tests mostly wait for real workers, so more than there are cores.
 TEST_PROCESSES ?= 6
 # Seconds after which no further test is started.
-TEST_SECONDS ?= 1800
+TEST_SECONDS ?= 3000
 # More options for pytest, such as PYTEST_ARGS="-k spawn -x".
 PYTEST_ARGS ?=
 # Examples that `make check-model` tries; `make pytest` tries a few.

@@ -39,7 +39,7 @@ logger = get_logger(__name__)
 #: ``worker_process_shutdown`` handlers run in that time.
 LEAVE_SECONDS = 30.0
 
-#: Seconds after SIGTERM until SIGKILL when the pool is terminated.
+#: Seconds that children have to end when the pool is terminated.
 TERMINATE_SECONDS = 10.0
 
 #: The same for a child that has lost its socket and can not be of use any more.
@@ -231,10 +231,13 @@ class Crew:
         for child in list(self.fleet.children):
             if child.state is State.STARTING:
                 self.kill(child, signal.SIGKILL)
-            elif child.state is State.IDLE:
-                self.let_go(child)
-            elif terminate:
+            elif child.state is State.BUSY and terminate:
                 self.kill(child, upstream.TERM_SIGNAL)
+            else:
+                if child.state is State.IDLE:
+                    self.let_go(child)
+                if terminate:
+                    self._kill_after(TERMINATE_SECONDS, child)
 
     @property
     def stopped(self) -> bool:
@@ -286,6 +289,7 @@ class Crew:
             pid, status = child.pid, None  # somebody else has reaped it
         if not pid:
             return False
+        child.reaped = True
         self.fleet.move(child, State.LEAVING)  # so that it gets nothing more, whatever it has left behind
         self._hear(child)
         self._gone(child, None if status is None else os.waitstatus_to_exitcode(status))
@@ -312,7 +316,10 @@ class Crew:
         self._listener.on_gone(child, exitcode, failed=failed, by_kernel=by_kernel)
 
     def tick(self, now: float) -> None:
-        """Look at the clock for children that are late."""
+        """Look at the clock for children that are late, when all has been heard that was said."""
+        self.start_method.catch_up()
+        for child in list(self.fleet.starting_children):
+            self.catch_up(child)
         for child in list(self.fleet.starting_children):
             if now - child.born > self._start_timeout:
                 child.failure = f"not ready after {self._start_timeout:g} s (memsafe_start_timeout)"

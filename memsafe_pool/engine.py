@@ -61,8 +61,12 @@ RETRY_SECONDS = 0.1
 #: A job that was with so many children that ended before they began it counts as lost.
 MAX_TRIES = 3
 
-#: Seconds that a child may take beyond a time limit to hand over what its task has returned.
+#: Beyond a time limit a child may go on to hand over what its task has returned, as long as some of it comes
+#: within so many seconds.
 HAND_OVER_SECONDS = 1.0
+
+#: Acknowledgements wait for the next round of Celery's loop, which is less than so many seconds away.
+ACKNOWLEDGED_SECONDS = 0.05
 
 #: A look at memory is too old to end a task by after so many seconds: twice as many as pass until the next.
 STALE_SECONDS = 1.0
@@ -383,7 +387,25 @@ class Engine:
         """Forget a job, and let the next one have its slot."""
         self._forget(job)
         if self._semaphore is not None:
-            self._semaphore.release()
+            self._release_slot()
+
+    def _release_slot(self) -> None:
+        """Let Celery hand the slot to the next request that waits for one.
+
+        What fails there, such as telling a result backend of a revoked task, is not about what is done here.
+        """
+        while True:
+            try:
+                self._semaphore.release()
+            except Exception as exc:
+                hub = self.crew.hub
+                if isinstance(exc, hub.propagate_errors):
+                    # The consumer connects again: when what is done here has been acknowledged.
+                    hub.call_later(ACKNOWLEDGED_SECONDS, _raise, exc)
+                    return
+                logger.exception("A task could not be begun; it comes again with the next connection")
+            else:
+                return
 
     def flush(self) -> None:
         """Drop what no child has, because the connection to the broker was lost."""
@@ -392,21 +414,23 @@ class Engine:
     def _flush(self) -> None:
         self._discard_waiting()
         for job in self.jobs.values():
-            job.delivered_again = job.redeliverable
+            # What has not begun is not acknowledged either.
+            job.delivered_again = job.redeliverable or job.accepted_at is None
 
     def terminate_job(self, pid: int, signum: int | None = None) -> None:
         """Send a signal to the child ``pid`` to end its task; the task counts as terminated."""
-        self._mailbox.post(self._terminate_job, pid, signum or upstream.TERM_SIGNAL)
-
-    def _terminate_job(self, pid: int, signum: int) -> None:
         child = self.fleet.by_pid.get(pid)
-        if child is not None and child.job is not None and child.signal(signum):
+        if child is not None:
+            self._mailbox.post(self._terminate_job, child, child.job, signum or upstream.TERM_SIGNAL)
+
+    def _terminate_job(self, child: Child, job: Job | None, signum: int) -> None:
+        if job is not None and child.job is job and child.signal(signum):
             child.job_terminated = child.expected = True
             self.watch.let_go_on(child)  # a paused process does not act on signals
-            child.job.resume(time.monotonic())
-            self._time_limits.watch(child.job)
+            job.resume(time.monotonic())
+            self._time_limits.watch(job)
 
-    def _on_limit(self, job: Job, again: bool) -> None:
+    def _on_limit(self, job: Job, received: int) -> None:
         child = job.child
         if child is not None:
             self._catch_up(child)
@@ -416,9 +440,9 @@ class Engine:
         if limit is None or limit[0] > time.monotonic():
             self._time_limits.watch(job)  # it was paused
             return
-        if child.link.partial and not again:
+        if child.link.partial and child.link.received > received:
             # It has ended its task, and is handing over what that has returned.
-            self._time_limits.put_off(job, HAND_OVER_SECONDS)
+            self._time_limits.put_off(job, HAND_OVER_SECONDS, child.link.received)
             return
         if limit[1]:
             job.soft_limit_passed = True
@@ -449,13 +473,15 @@ class Engine:
             if job is None or job.id != number or job.done:
                 return
             if self.state != upstream.RUN and upstream.is_cold_shutdown():
-                # Celery has cancelled what it knew to be running, and did not know of this.
-                self._forget(job)
+                # Celery has cancelled what it knew to be running, and did not know of this. It stays one that
+                # has not begun, and goes back to the broker, unless it has ended already.
                 self.crew.kill(child, upstream.TERM_SIGNAL)
             else:
                 self._accept(job, child.pid, value)
         elif kind == wire.DONE:
             if job is not None and job.id == number:
+                if job.accepted_at is None and not job.done:
+                    self._accept(job, child.pid, time.monotonic())
                 self._on_done(child, job, payload, repeated=bool(value))
         elif kind == wire.UP:
             self.crew.started(child, number)
@@ -467,11 +493,11 @@ class Engine:
             child.failure = bytes(payload).decode(errors="replace")
 
     def _on_up(self, child: Child, report: wire.Report) -> None:
-        child.report, child.was_ready = report, True
-        child.first_private_bytes = report.private
+        child.report, child.first_private_bytes = report, report.private
         self.steward.learn_start(report.private)
         if child.state is not State.STARTING:
-            return
+            return  # it was told to go, or has ended: then it was never of use
+        child.was_ready = True
         self.fleet.starting_children.discard(child)
         if self.state == upstream.RUN and not child.outdated:
             self._rest(child)
@@ -562,12 +588,18 @@ class Engine:
             self._on_memory_lost(child, job, reason, exitcode)
         elif job.accepted_at is not None or job.tries >= MAX_TRIES:
             self._fail(job, child, lost(job, exitcode))
-        elif self.state == upstream.RUN:
+        elif self.state != upstream.RUN:
+            self._forget(job)
+        elif job.delivered_again:
+            self._leave_to_broker(job)
+        else:
             job.tries += 1
             job.leave()
             self._give_again(job)
-        else:
-            self._forget(job)
+
+    def _leave_to_broker(self, job: Job) -> None:
+        self._give_up(job)
+        upstream.leave_to_broker(job.request)
 
     def _fail(self, job: Job, child: Child, error: Any, *, final: bool = False) -> None:
         """End a job that its child will not end any more."""
@@ -674,8 +706,7 @@ class Engine:
         self.sizes.rise(job, job.grown)  # it would have needed more
         if job.delivered_again:
             logger.warning("%s is not run again here, as the broker has delivered it again: %s", job, reason)
-            self._give_up(job)
-            upstream.leave_to_broker(job.request)
+            self._leave_to_broker(job)
             return
         if self.state != upstream.RUN and may_run_again:
             self._forget(job)  # the broker delivers it again
@@ -772,6 +803,7 @@ class Engine:
                 return
 
     def _tick(self) -> None:
+        self._mailbox.deliver()  # what has happened is heard before deadlines are acted on
         now = time.monotonic()
         self.crew.tick(now)
         if self.steward.tick(self.ledger, self.forkserver):
@@ -817,3 +849,7 @@ class Engine:
     def _state(self) -> int:
         """The state under the name that ``TaskPool.on_stop`` reads."""
         return self.state
+
+
+def _raise(exc: Exception) -> None:
+    raise exc

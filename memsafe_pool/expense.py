@@ -26,6 +26,10 @@ EARLY_SHARE = 0.05
 #: The share of the time of day that may be spent beside it: tasks that mostly wait use no CPU time.
 IDLE_SHARE = 0.0002
 
+#: More is never taken off for one time (seconds): the CPU time of a process has in it what the machine was
+#: taken from it by its host, and 0.1 s is what a process of 6 GB takes.
+MOST_SECONDS = 0.1
+
 #: Seconds between looks at how much CPU time there was: each is a system call.
 EARN_SECONDS = 0.05
 
@@ -68,6 +72,6 @@ class Expense:
         try:
             yield
         finally:
-            spent = time.process_time() - began
+            spent = min(time.process_time() - began, MOST_SECONDS)
             self._left -= spent
             self._early -= spent

@@ -53,6 +53,7 @@ class Child:
         outdated: Whether the pool was restarted since it was started.
         memory_error: Why it was ended, if that was for want of memory.
         failure: Why it could not start, where that is known.
+        reaped: Whether its pid may be another process's by now.
         kill_at: When it is killed if it has not ended (monotonic seconds), or None.
     """
 
@@ -76,6 +77,7 @@ class Child:
         "outdated",
         "pid",
         "ran",
+        "reaped",
         "report",
         "sentinel",
         "start_method",
@@ -108,7 +110,7 @@ class Child:
         self.idle_since = 0.0
         self.job: Job | None = None
         self.job_terminated = self.expected = self.was_ready = False
-        self.outdated = False
+        self.outdated = self.reaped = False
         self.failure: str | None = None
         self.memory_error: str | None = None
         self.kill_at: float | None = None
@@ -130,7 +132,7 @@ class Child:
     def signal(self, signum: int) -> bool:
         """Send a signal; return whether there was somebody to get it."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or another user by now
-            if self.pid:
+            if self.pid and not self.reaped:
                 os.kill(self.pid, signum)
                 return True
         return False
@@ -141,10 +143,9 @@ class Child:
         Billiard does the same at a hard time limit.
         """
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.pid and os.getpgid(self.pid) == self.pid:
-                os.killpg(self.pid, signum)
-            elif self.pid:
-                os.kill(self.pid, signum)
+            if self.pid and not self.reaped:
+                send = os.killpg if os.getpgid(self.pid) == self.pid else os.kill
+                send(self.pid, signum)
 
     def __repr__(self) -> str:
         return f"{self.name} (pid {self.pid or '?'}, {self.state.value}, {self.tasks} tasks)"

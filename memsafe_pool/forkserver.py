@@ -76,6 +76,9 @@ _BIRTH = struct.Struct("=Qq")
 #: Exit codes of a midwife that found the socket closed, or for which there was nothing to do.
 _CLOSED, _UNUSED = 42, 43
 
+#: Seconds that a thread which was joined may take to leave.
+_JOIN_SECONDS = 0.5
+
 #: Seconds a midwife waits for the next request. It makes that faster by the time of a fork, and
 #: costs 1 MB.
 MIDWIFE_SECONDS = 10.0
@@ -204,7 +207,7 @@ class _Server:
         warm = False
         while True:
             if not warm:
-                select.select([self.sock], [], [])
+                _wait_readable(self.sock)
                 if _is_closed(self.sock):
                     os._exit(0)
             try:
@@ -249,7 +252,7 @@ class _Server:
         code = 1
         try:
             child.tie_to_parent(self.pid)
-            if not select.select([self.sock], [], [], MIDWIFE_SECONDS)[0]:
+            if not _wait_readable(self.sock, MIDWIFE_SECONDS):
                 os._exit(_UNUSED)
             request = _receive_request(self.sock)
             if request is None:
@@ -288,6 +291,13 @@ class _Request(NamedTuple):
     name: str
     slot: int
     fd: int
+
+
+def _wait_readable(sock: socket.socket, seconds: float | None = None) -> bool:
+    """Wait until there is something to read, or the end; return whether there is."""
+    poll = select.poll()  # select() takes no descriptor above 1023
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def _is_closed(sock: socket.socket) -> bool:
@@ -347,7 +357,7 @@ def settled_thread_count() -> int:
         os._exit(0)
     os.waitpid(pid, 0)
     # A joined thread leaves /proc a moment after the join has returned.
-    deadline = time.monotonic() + 0.1
+    deadline = time.monotonic() + _JOIN_SECONDS
     while (count := thread_count()) > 1 and time.monotonic() < deadline:
         time.sleep(0.001)
     return count

@@ -24,18 +24,23 @@ class Link:
 
     The hub knows each descriptor for reading or for writing, not for both, so writing
     that has to wait waits on a duplicate.
+
+    Attributes:
+        received: Bytes that have come so far.
     """
 
-    __slots__ = ("_hub", "_outgoing", "_reader", "_reading", "_sock", "_writer")
+    __slots__ = ("_hub", "_outgoing", "_post", "_reader", "_reading", "_sock", "_writer", "received")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._reader = Reader()
         self._reading = False
+        self.received = 0
         self._outgoing: deque[memoryview] = deque()
         self._writer = -1
         self._hub: Any = None
+        self._post: Any = None
 
     @property
     def partial(self) -> bool:
@@ -47,13 +52,15 @@ class Link:
         """Whether something waits until there is room for it."""
         return bool(self._outgoing)
 
-    def attach(self, hub: Any, on_readable: Callable[..., None], *args: Any) -> None:
-        """Have ``hub`` call ``on_readable(*args)`` when there is something to read."""
-        self._hub = hub
+    def attach(
+        self, hub: Any, post: Callable[..., None], on_readable: Callable[..., None], *args: Any
+    ) -> None:
+        """Have ``hub`` call ``on_readable(*args)`` through ``post`` when there is something to read."""
+        self._hub, self._post = hub, post
         if self._sock.fileno() >= 0:
-            hub.add_reader(self._sock.fileno(), on_readable, *args)
+            hub.add_reader(self._sock.fileno(), post, on_readable, *args)
         if self._writer >= 0:
-            hub.add_writer(self._writer, self._on_writable)
+            hub.add_writer(self._writer, post, self._on_writable)
 
     def send(self, data: bytes) -> bool:
         """Write ``data``, now or when there is room; return False if the child is known to be gone."""
@@ -78,7 +85,7 @@ class Link:
             # No descriptor left to wait with. The child has half a message, so it has to go.
             self._sock.shutdown(socket.SHUT_RDWR)
         else:
-            self._hub.add_writer(self._writer, self._on_writable)
+            self._hub.add_writer(self._writer, self._post, self._on_writable)
 
     def read(self) -> list[Message] | None:
         """Read once without blocking; return what came, or None at the end.
@@ -91,6 +98,7 @@ class Link:
         self._reading = True
         try:
             data = self._sock.recv(_LARGE_READ_BYTES if self._reader.partial else _READ_BYTES)
+            self.received += len(data)
             return self._reader.feed(data) if data else None
         except BlockingIOError:
             return []
@@ -108,6 +116,7 @@ class Link:
         try:
             with contextlib.suppress(OSError):  # nothing more for now, or closed
                 while data := self._sock.recv(_LARGE_READ_BYTES):
+                    self.received += len(data)
                     messages += self._reader.feed(data)
         finally:
             self._reading = False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import pickle
 import signal
@@ -37,6 +38,9 @@ logger = get_logger(__name__)
 #: Seconds a forkserver may take to end once its socket is closed, before it is killed.
 STOP_SECONDS = 5.0
 
+#: One that nobody waits for is not begun more often than that (seconds).
+LEAST_LIFE_SECONDS = 1.0
+
 #: So many times in a row whoever was to fork a child may die over it, as they do when somebody kills them;
 #: then it is a child that has failed to start.
 MOST_IN_VAIN = 10
@@ -53,6 +57,8 @@ class Forkserver:
         self.origin = origin
         self.pid = 0
         self.ready = False
+        self._begun_at = 0.0
+        self._again_at = math.inf
         self._sock: socket.socket | None = None
         self._waiting: deque[tuple[Child, socket.socket]] = deque()
         self._asked: dict[int, Child] = {}
@@ -147,6 +153,7 @@ class Forkserver:
                 raise
         ours.setblocking(False)
         self.pid, self._sock, self.ready = pid, ours, False
+        self._begun_at = time.monotonic()
         self.attach()
 
     @property
@@ -167,6 +174,7 @@ class Forkserver:
         if self.pid:
             self._ending[self.pid] = time.monotonic() + STOP_SECONDS
         self._sock, self.pid, self.ready = None, 0, False
+        self._again_at = math.inf
         self._adoption.close(known=[*self.owner.pids(), *self._ending])
         asked, self._asked = list(self._asked.values()), {}
         return asked
@@ -254,7 +262,9 @@ class Forkserver:
         asked = self._part()
         logger.warning("The forkserver (pid %s) has died; running children are not concerned.", pid)
         if was_ready:
-            self._begin_again()
+            self._again_at = self._begun_at + LEAST_LIFE_SECONDS
+            if asked or self._waiting or time.monotonic() >= self._again_at:
+                self._begin_again()
         else:
             self._fail_waiting(f"the forkserver (pid {pid}) died before it was ready")
         self._on_silence(asked)
@@ -295,10 +305,17 @@ class Forkserver:
         if not waiting:
             logger.error("Children can not start: %s", reason)
 
+    def catch_up(self) -> None:
+        """Take note of what the process has answered until now."""
+        self._on_readable()
+
     # -- time
 
     def tick(self, now: float) -> None:
-        """Ask again where the forkserver had no room, and reap."""
+        """Ask again where the forkserver had no room, begin one that has died early, and reap."""
+        if now >= self._again_at:
+            self._again_at = math.inf
+            self._begin_again()
         self._ask()
         self._reap(now)
         self._adoption.reap()

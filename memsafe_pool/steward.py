@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -37,6 +38,9 @@ logger = get_logger(__name__)
 
 #: Seconds between two writes of what was learned of tasks.
 SAVE_SECONDS = 60.0
+
+#: A child may take so many ticks to end after the kernel has counted its kill.
+KILL_TICKS = 3
 
 #: What the kernel has for each child: page tables, stacks, sockets.
 KERNEL_BYTES = 2 << 20
@@ -92,7 +96,8 @@ class Steward:
         self.gauge = Gauge(Probe(on_warning=_warn))
         # What was acted on: the gauge reads anew by itself, whenever it is asked.
         self._known = reading = self.gauge.reading
-        self._kills_told = self._kills_known = reading.oom_kills or 0
+        self._kills_told = reading.oom_kills or 0
+        self._kills_known = deque([self._kills_told], maxlen=KILL_TICKS)
         self.budget = budget.find(terms.budget, reading.lowest_limit_bytes)
         self.room = Room(self.budget.bytes)
         self._pauses = Pauses(terms.cores, enabled=terms.pause)
@@ -146,10 +151,15 @@ class Steward:
         """Follow the memory limit, and who shares it; return whether the budget is another one."""
         before, reading = self._known, self.watch.refresh()
         self._known = reading
-        # What the kernel has killed up to the last look is no reason for a child that ends from now on.
+        # What the kernel has killed some looks ago is no reason for a child that ends from now on.
         moved = reading.cgroup != before.cgroup
-        self._kills_told = (reading.oom_kills or 0) if moved else max(self._kills_told, self._kills_known)
-        self._kills_known = reading.oom_kills or 0
+        kills = reading.oom_kills or 0
+        if moved:
+            self._kills_told = kills
+            self._kills_known.clear()
+        elif len(self._kills_known) == KILL_TICKS:
+            self._kills_told = max(self._kills_told, self._kills_known[0])
+        self._kills_known.append(kills)
         changed = reading.lowest_limit_bytes != before.lowest_limit_bytes
         if changed:
             logger.warning(

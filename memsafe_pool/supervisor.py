@@ -558,6 +558,8 @@ class Supervisor:
         if gone.child is not None:
             self._replaced.pop(gone.child, None)
             self._due.pop(gone.child, None)
+        while len(self._replaced) > self.fleet.starting:
+            self._replaced.popitem()  # its replacement is gone; it stays until it is looked at again
         if gone.no_memory:
             self._replaced.clear()
             self._not_before = max(self._not_before, now + BACKOFF_SECONDS[0])

@@ -20,10 +20,10 @@ class TimeLimits:
     """Watches the next limit of each job.
 
     Arguments:
-        on_limit: Called with the job whose limit may have passed, and whether that was put off.
+        on_limit: Called with the job whose limit may have passed, and what :meth:`put_off` was given; else 0.
     """
 
-    def __init__(self, on_limit: Callable[[Job, bool], None]) -> None:
+    def __init__(self, on_limit: Callable[[Job, int], None]) -> None:
         self._on_limit = on_limit
         self._hub: Any = None
 
@@ -41,18 +41,19 @@ class TimeLimits:
         self.forget(job)
         limit = job.next_limit()
         if limit is not None:
-            self._call_later(job, max(limit[0] - time.monotonic(), 0.0), again=False)
+            self._call_later(job, max(limit[0] - time.monotonic(), 0.0), 0)
 
-    def put_off(self, job: Job, seconds: float) -> None:
-        """Wait for so many seconds more, as its limit has passed."""
+    def put_off(self, job: Job, seconds: float, mark: int) -> None:
+        """Wait for so many seconds more, as its limit has passed; ``mark`` says how far it had come."""
         self.forget(job)
-        self._call_later(job, seconds, again=True)
+        self._call_later(job, seconds, mark)
 
-    def _call_later(self, job: Job, seconds: float, *, again: bool) -> None:
-        job.timer = self._hub.call_later(seconds, self._on_limit, job, again)
+    def _call_later(self, job: Job, seconds: float, mark: int) -> None:
+        job.timer = self._hub.call_later(seconds, self._on_limit, job, mark)
 
     def forget(self, job: Job) -> None:
         """Wait for nothing."""
         if job.timer is not None:
             job.timer.cancel()
+            job.timer.args = ()  # the hub keeps it until the limit would have passed, but not the job
             job.timer = None

@@ -55,10 +55,10 @@ def test_time_limits(worker):
     """Soft limits are raised in the task, hard ones end it, and the pool goes on."""
     gate = worker.gate()
     with pytest.raises(SoftTimeLimitExceeded):
-        worker.run("proj.hold", gate.path, soft_time_limit=1)
-    assert worker.run("proj.hold_through_soft_limit", gate.path, soft_time_limit=1) == "caught"
+        worker.run("proj.hold", gate.path, soft_time_limit=3)
+    assert worker.run("proj.hold_through_soft_limit", gate.path, soft_time_limit=3) == "caught"
     with pytest.raises(TimeLimitExceeded):
-        worker.run("proj.hold", gate.path, time_limit=1)
+        worker.run("proj.hold", gate.path, time_limit=3)
     assert worker.run("proj.add", 1, 1) == 2
 
 

@@ -35,8 +35,8 @@ def test_a_burst_ends_completely_and_once(worker):
 def test_countdown_and_eta(worker):
     """A task does not run before its time."""
     assert not worker.inspect("scheduled")  # the first time takes longer
-    soon = time.time() + 3
-    results = [worker.call("proj.now", countdown=3), worker.call("proj.now", eta=_utc(soon))]
+    soon = time.time() + 8
+    results = [worker.call("proj.now", countdown=8), worker.call("proj.now", eta=_utc(soon))]
     scheduled = worker.until(lambda: worker.inspect("scheduled"), "the tasks to be scheduled")
     assert {entry["request"]["id"] for entry in scheduled} <= {result.id for result in results}
     assert all(worker.get(result) >= soon - 0.001 for result in results)

@@ -8,6 +8,9 @@ from memsafe_pool import MemoryLimitExceeded, SoftMemoryLimitExceeded
 
 pytestmark = pytest.mark.ours_only("memory limits of tasks")
 
+#: Seconds for which a task has what it took that is told, or ended, for it.
+LONG = 30
+
 
 @pytest.fixture(scope="module")
 def worker(start_module_worker, start_method):
@@ -15,13 +18,13 @@ def worker(start_module_worker, start_method):
 
 
 def test_a_soft_limit_can_be_caught(worker):
-    assert worker.run("bounded.told", 100) == "told"
+    assert worker.run("bounded.told", 100, LONG) == "told"
     assert worker.run("bounded.told", 20) == 20
     assert "its soft limit is 40 MiB" in worker.log()
 
 
 def test_a_soft_limit_that_is_not_caught_fails_the_task(worker):
-    result = worker.call("bounded.take", 100, headers={"memsafe_soft_limit": "40MiB"})
+    result = worker.call("bounded.take", 100, LONG, headers={"memsafe_soft_limit": "40MiB"})
     with pytest.raises(SoftMemoryLimitExceeded):
         worker.get(result)
     assert worker.run("bounded.take", 100) == 100
@@ -42,9 +45,9 @@ def test_a_hard_limit_is_a_memory_error_in_the_task(worker):
 def test_shared_memory_counts(worker):
     """The soft limit is told; above the hard one, which the kernel does not hold there, the task is ended."""
     with pytest.raises(SoftMemoryLimitExceeded):
-        worker.run("bounded.share", 100, headers={"memsafe_soft_limit": "40MiB"})
+        worker.run("bounded.share", 100, LONG, headers={"memsafe_soft_limit": "40MiB"})
     with pytest.raises(MemoryLimitExceeded, match=r"its own limit is 40 MiB \(memsafe_hard_limit\)"):
-        worker.run("bounded.share", 100, headers={"memsafe_hard_limit": "40MiB"})
+        worker.run("bounded.share", 100, LONG, headers={"memsafe_hard_limit": "40MiB"})
     assert worker.run("bounded.share", 20, headers={"memsafe_hard_limit": "40MiB"}) == 20
 
 

@@ -38,7 +38,7 @@ def at_a_glance(worker):
 
 def possessions(worker):
     """What the worker has for good: at two glances the same, and nobody who has ended."""
-    worker.until(lambda: not processes.zombies(worker.pid), "all zombies to be reaped", timeout=10)
+    worker.until(lambda: not processes.zombies(worker.pid), "all zombies to be reaped")
     glances = [at_a_glance(worker)]
 
     def is_same():

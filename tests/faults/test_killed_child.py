@@ -123,7 +123,7 @@ def test_a_task_that_is_acknowledged_early_is_lost(worker):
     os.kill(child, signal.SIGKILL)
     with pytest.raises(WorkerLostError, match=r"signal 9 \(SIGKILL\)"):
         worker.get(result)
-    worker.wait_for_log(rf"pid:{child} exited with 'signal 9 \(SIGKILL\)'", timeout=10)
+    worker.wait_for_log(rf"pid:{child} exited with 'signal 9 \(SIGKILL\)'")
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def settled(worker):
         pid = counts(worker)["forkserver"]
         return worker.pids() - {worker.pid} <= {pid, *processes.children(pid)} if pid else False
 
-    worker.until(is_settled, "the worker to have a forkserver and nothing else", timeout=20)
+    worker.until(is_settled, "the worker to have a forkserver and nothing else")
     assert not processes.zombies(worker.pid)
     assert len(processes.children(worker.pid)) == 1
 
@@ -141,7 +141,7 @@ def test_its_helpers_are_killed(worker, tally):
 
 def test_a_forkserver_that_hangs_is_replaced(start_worker, tally):
     """One that is stopped for good: after the start timeout there is another one, and the task runs."""
-    worker = start_worker("faulty", start_method="forkserver", config={"memsafe_start_timeout": 5})
+    worker = start_worker("faulty", start_method="forkserver", config={"memsafe_start_timeout": 15})
     hanging = forkserver(worker)
     os.kill(hanging, signal.SIGSTOP)
     try:

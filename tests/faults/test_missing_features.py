@@ -109,4 +109,4 @@ def test_the_worker_ends(start_worker, start_method, missing):
     gate.wait_started()
     worker.signal(signal.SIGKILL)
     worker.wait_exit()
-    worker.until(lambda: not worker.pids(), "everything to end", timeout=20)
+    worker.until(lambda: not worker.pids(), "everything to end")

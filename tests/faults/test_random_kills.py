@@ -100,7 +100,5 @@ def test_any_disturbance(start_worker, broker_kind, kind, tally):
     # After the idle timeout nothing is left but the forkserver.
     worker.until(lambda: worker.stats()["pool"]["memsafe"]["children"] == 0, "the children to retire")
     forkserver = worker.stats()["pool"]["memsafe"]["forkserver"]
-    worker.until(
-        lambda: set(processes.children(worker.pid)) <= {forkserver}, "nobody else to be left", timeout=10
-    )
+    worker.until(lambda: set(processes.children(worker.pid)) <= {forkserver}, "nobody else to be left")
     assert worker.stop() == 0

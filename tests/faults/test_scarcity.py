@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -81,7 +82,7 @@ def test_descriptors(start_worker, start_method, tally):
     lowest_free = next(number for number in range(len(taken) + 1) if number not in taken)
     before = limit(worker.pid, resource.RLIMIT_NOFILE, lowest_free)
     results = [worker.call("faulty.count", tally.path, str(number)) for number in range(2)]
-    worker.wait_for_log("Too many open files", timeout=20)
+    worker.wait_for_log("Too many open files")
     limit(worker.pid, resource.RLIMIT_NOFILE, before)
     for result in results:
         worker.get(result)
@@ -131,7 +132,7 @@ def test_processes(start_worker, start_method, tally, user):
     starters = sorted(worker.pids() - {child})
     before = [limit(pid, resource.RLIMIT_NPROC, 1, user) for pid in starters]
     results = [worker.call("faulty.count", tally.path, str(number)) for number in range(2)]
-    worker.wait_for_log("Resource temporarily unavailable", timeout=20)
+    worker.wait_for_log("Resource temporarily unavailable")
     for pid, number in zip(starters, before, strict=True):
         if processes.is_alive(pid):
             limit(pid, resource.RLIMIT_NPROC, number, user)
@@ -160,7 +161,7 @@ def test_disk(start_worker, kind, tally):
         worker.wait_for_log("has died")
     processes.kill(*worker.children())
     result = worker.call("faulty.count", tally.path, "after")
-    worker.wait_for_log("No space left on device", timeout=20)
+    worker.wait_for_log("No space left on device")
     (worker.folder / "full").unlink()
     worker.get(result)
     assert tally.runs() == {"before": 1, "after": 1}
@@ -180,3 +181,21 @@ def test_a_disk_that_stays_full(start_worker):
     worker.wait_for_log("children failed to start 5 times in a row")
     assert worker.wait_exit() not in (0, None)
     assert lines(worker, "No space left on device") >= 5
+
+
+def test_many_descriptors(start_worker, start_method):
+    """With more than 1024 of them open everything goes on, also with a forkserver that is begun again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if max(soft, hard) < 2000:
+        pytest.skip(f"no more than {hard} descriptors may be open here")
+
+    def widen(worker):
+        worker.command = ["sh", "-c", 'ulimit -n "$(ulimit -Hn)" && exec "$@"', "sh", *worker.command]
+
+    worker = start_worker("crowded", start_method=start_method, prepare=widen)
+    assert worker.run("proj.add", 1, 2) == 3
+    if start_method == "forkserver":
+        os.kill(worker.stats()["pool"]["memsafe"]["forkserver"], signal.SIGKILL)
+    for child in worker.children():
+        os.kill(child, signal.SIGKILL)
+    assert worker.run("proj.add", 3, 4) == 7

@@ -107,4 +107,4 @@ def test_everybody_is_told_to_end(start_worker, start_method, broker_kind, numbe
         assert worker.get(busy) > 0
     # Celery itself ends with 1 where the main thread was waiting when Ctrl-C came.
     assert worker.wait_exit() in ((0, 1) if number == signal.SIGINT else (0,))
-    worker.until(lambda: not worker.pids(), "every process to end", timeout=10)
+    worker.until(lambda: not worker.pids(), "every process to end")

@@ -24,9 +24,7 @@ def as_before(worker):
     yield
     assert worker.exitcode is None
     assert [worker.run("proj.add", number, 1) for number in range(4)] == [1, 2, 3, 4]
-    worker.until(
-        lambda: not processes.zombies(worker.pid), "all children that ended to be reaped", timeout=10
-    )
+    worker.until(lambda: not processes.zombies(worker.pid), "all children that ended to be reaped")
 
 
 def test_a_task_closes_all_descriptors(worker):
@@ -63,7 +61,7 @@ def test_a_grandchild_holds_the_socket(worker):
     gate = worker.gate()
     with pytest.raises(WorkerLostError, match="exitcode 3"):
         worker.run("faulty.leave_grandchild", gate.path, 3)
-    [grandchild] = strays(worker)
+    [grandchild] = worker.until(lambda: len(found := strays(worker)) == 1 and found, "one stray")
     assert worker.run("proj.add", 1, 1) == 2
     gate.open()
     worker.until(lambda: not processes.is_alive(grandchild), "the grandchild to end")
@@ -98,9 +96,7 @@ def test_orphans(worker):
     for child in worker.children():
         os.kill(child, signal.SIGKILL)
     assert worker.run("proj.add", 1, 1) == 2
-    worker.until(
-        lambda: not any(map(psutil.pid_exists, orphans)), "the orphans to be reaped by somebody", timeout=20
-    )
+    worker.until(lambda: not any(map(psutil.pid_exists, orphans)), "the orphans to be reaped by somebody")
 
 
 def test_orphans_that_outlive_many_children(worker, start_method):
@@ -118,7 +114,7 @@ def test_orphans_that_outlive_many_children(worker, start_method):
         assert worker.get(results[2]) == 2
         assert not set(orphans) & set(worker.children())
     gate.open()
-    worker.until(lambda: not any(map(psutil.pid_exists, orphans)), "the orphans to be reaped", timeout=20)
+    worker.until(lambda: not any(map(psutil.pid_exists, orphans)), "the orphans to be reaped")
 
 
 def test_a_task_that_returns_twice(worker, tally):
@@ -129,7 +125,7 @@ def test_a_task_that_returns_twice(worker, tally):
         worker.get(result)
     runs = tally.runs()
     assert all(runs[f"t{number}"] == 1 for number in range(20))
-    worker.until(lambda: not strays(worker), "the copy to be gone", timeout=20)
+    worker.until(lambda: not strays(worker), "the copy to be gone")
 
 
 def test_an_exception_that_only_the_child_knows(worker):
@@ -143,7 +139,7 @@ def test_an_exception_that_only_the_child_knows(worker):
 def test_a_task_that_takes_no_notice_of_sigterm(worker):
     """A hard time limit ends it all the same."""
     gate = worker.gate()
-    result = worker.call("faulty.hold_through_sigterm", gate.path, time_limit=1)
+    result = worker.call("faulty.hold_through_sigterm", gate.path, time_limit=3)
     child = gate.wait_started()[result.id]
     with pytest.raises(TimeLimitExceeded):
         worker.get(result)

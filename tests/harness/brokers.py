@@ -236,7 +236,7 @@ def _free_port() -> int:
 
 
 def _answers(url: str) -> bool:
-    connection = kombu.Connection(url, connect_timeout=3)
+    connection = kombu.Connection(url, connect_timeout=15)
     try:
         connection.connect()
         if url.startswith("redis"):

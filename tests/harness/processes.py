@@ -42,7 +42,11 @@ def is_alive(pid: int) -> bool:
 def descriptors(pid: int) -> dict[int, str]:
     """The open descriptors of a process and what they lead to."""
     folder, found = Path(f"/proc/{pid}/fd"), {}
-    for name in os.listdir(folder):
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return found  # it has just ended
+    for name in names:
         try:
             found[int(name)] = os.readlink(folder / name)
         except FileNotFoundError:

@@ -66,6 +66,6 @@ class Residue:
             return processes + files
 
         try:
-            until(lambda: not left(), "everything the test started or opened to be gone", timeout=10)
+            until(lambda: not left(), "everything the test started or opened to be gone")
         except DeadlineMissed:
             raise AssertionError("the test left behind: " + "; ".join(left())) from None

@@ -209,7 +209,7 @@ class Worker:
             self._kill()
 
     def _check_nothing_left(self) -> None:
-        until(lambda: not self.pids(), f"the worker's processes to end, of {sorted(self.pids())}", timeout=15)
+        until(lambda: not self.pids(), f"the worker's processes to end, of {sorted(self.pids())}")
         left = sorted(str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*"))
         assert not left, f"the worker left temporary files behind: {left}"
 
@@ -395,8 +395,9 @@ class Events:
         self._thread = threading.Thread(target=self._read, name="events", daemon=True)
 
     def start(self) -> None:
+        app = self.worker.app  # made before the thread asks for it, too
         self._thread.start()
-        with self.worker.app.events.default_dispatcher() as dispatcher:
+        with app.events.default_dispatcher() as dispatcher:
 
             def arrives() -> bool:
                 dispatcher.send("test-subscribed")

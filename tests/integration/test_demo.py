@@ -45,7 +45,7 @@ class Demo:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output()}"
             return re.search(pattern, self.output())
 
-        return until(printed, f"{pattern!r} in the output of the demo")
+        return until(printed, f"{pattern!r} in the output of the demo", timeout=120)
 
     def wait_exit(self):
         """Wait for the end and return the exit code."""

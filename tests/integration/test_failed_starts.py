@@ -116,12 +116,12 @@ def test_whoever_is_to_fork_children_dies(start_worker):
 @pytest.mark.parametrize(("method", "config", "step"), WAYS)
 def test_a_child_that_hangs_at_its_start(start_worker, redis, method, config, step):
     """After ``memsafe_start_timeout`` it is killed, and the log says so; the next one runs the task."""
-    worker = start(start_worker, redis, (method, {**config, "memsafe_start_timeout": 5}, step), "wait")
+    worker = start(start_worker, redis, (method, {**config, "memsafe_start_timeout": 15}, step), "wait")
     result = worker.call("obstacle.pid")
     waits = worker.folder / f"{step}.waits"
     worker.until(waits.exists, "the start to hang")
     hanging = int(waits.read_text())
-    worker.wait_for_log(r"failed to start: not ready after 5 s \(memsafe_start_timeout\)")
+    worker.wait_for_log(r"failed to start: not ready after 15 s \(memsafe_start_timeout\)")
     worker.until(lambda: hanging not in worker.pids(), "what hangs to be killed")
     (worker.folder / step).unlink()
     assert worker.get(result) != hanging

@@ -337,7 +337,7 @@ def test_brokers_without_event_loop_are_left_alone(start_worker, filesystem):
 def test_blocked_by_turns(start_worker, shared, tally):
     """Two workers give tasks back again and again; each runs once, and none is left over."""
     workers = [start(start_worker, shared, {"task_acks_late": True}) for _ in range(2)]
-    results = [workers[0].call("held.linger", tally.path, number) for number in range(60)]
+    results = [workers[0].call("held.linger", tally.path, number) for number in range(120)]
     all_given_back = {}
     for turn in range(100):
         starved, other = workers[turn % 2], workers[(turn + 1) % 2]
@@ -358,6 +358,6 @@ def test_blocked_by_turns(start_worker, shared, tally):
     for worker in workers:
         until_told(worker, PREFETCH)
         assert "Traceback" not in worker.log()
-    assert tally.runs() == once(range(60))
+    assert tally.runs() == once(range(120))
     assert shared.waiting() == 0
     assert all(all_given_back.values()), all_given_back

@@ -307,18 +307,20 @@ def test_a_big_one_is_not_passed_for_ever(start_contained, tally):
     Without an event loop, so that they are not left to other workers: they wait here.
     """
     worker = start_contained(
-        300, "hungry", broker="filesystem", concurrency=4, config={"memsafe_overtake_time": 6}
+        300, "hungry", broker="filesystem", concurrency=4, config={"memsafe_overtake_time": 15}
     )
     gate = worker.gate()
     room = headroom(worker)
-    holder = Growth(worker, gate, "holder", headers={"memsafe_memory": f"{room // 2} MiB"})
+    holder = Growth(worker, gate, "holder", headers={"memsafe_memory": f"{room * 3 // 10} MiB"})
     small = {"seconds": 0.5, "headers": {"memsafe_memory": "2MiB"}}
-    big = send(worker, tally, "need", [1], headers={"memsafe_memory": f"{room * 2 // 3} MiB"})
+    big = send(worker, tally, "need", [1], headers={"memsafe_memory": f"{room * 3 // 4} MiB"})
     worker.until(lambda: worker.stats()["pool"]["memsafe"]["waiting"] == 1, "the big one to wait")
     waits_since = time.monotonic()
     passing = send(worker, tally, "need", [1] * 2, first=1, **small)
     all_done(worker, passing)
-    worker.until(lambda: time.monotonic() > waits_since + 6.5, "its patience to end")
+    worker.until(lambda: time.monotonic() > waits_since + 15.5, "its patience to end")
+    # Both fit beside the holder, and none beside the big one.
+    small["headers"] = {"memsafe_memory": f"{room // 4} MiB"}
     held = send(worker, tally, "need", [1] * 2, first=3, **small)
     worker.until(lambda: worker.stats()["pool"]["memsafe"]["waiting"] == 3, "all of them to wait")
     assert tally.of("began") == {"1": 1, "2": 1}

@@ -5,6 +5,7 @@ Celery's exit code is 0 after a cold shutdown, too.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -122,6 +123,38 @@ def test_soft_shutdown(start, redis, enough):
         gate.open()
         worker = start(broker=redis)
     assert (worker.get(result) == child) is enough
+
+
+@pytest.mark.needs_celery("5.5")
+@pytest.mark.ours_only("children that are heard to the end")
+def test_a_task_that_ends_during_a_soft_shutdown(start_worker, start_method, redis, tmp_path):
+    """It has begun and ended while the worker could not listen: it has run, and does not run again."""
+    config = {"worker_soft_shutdown_timeout": 10}
+    worker = start_worker(broker=redis, start_method=start_method, config=config)
+    gate, runs = worker.gate(), tmp_path / "runs"
+    both = [worker.call("proj.hold", gate.path) for _ in range(2)]
+    gate.wait_started(2)
+    gate.open()
+    for result in both:
+        worker.get(result)
+    gate = worker.gate()
+    holding = worker.call("proj.hold", gate.path)
+    [busy] = begun(worker, gate).values()
+    [idle] = set(worker.children()) - {busy}
+    os.kill(idle, signal.SIGSTOP)
+    try:
+        short = worker.call("proj.note", str(runs), 1)
+        worker.until(lambda: worker.stats()["pool"]["memsafe"]["busy"] == 2, "the task to be with a child")
+        end(worker, (signal.SIGQUIT, "Initiating Soft Shutdown, terminating in"))
+    finally:
+        os.kill(idle, signal.SIGCONT)
+    assert worker.get(short) == 1
+    assert worker.wait_exit() == 0
+    assert not holding.ready()
+    second = start_worker(broker=redis, start_method=start_method)
+    assert second.run("proj.add", 1, 1) == 2
+    assert runs.read_text().split() == ["1"]
+    assert redis.waiting() == 0
 
 
 @pytest.mark.parametrize(

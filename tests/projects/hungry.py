@@ -17,7 +17,7 @@ app.conf.update(json.loads(os.environ.get("TEST_CONFIG", "{}")))
 MIB = 1 << 20
 
 #: Seconds for each MiB: slow enough for a worker that waits for its turn on a machine with much to do.
-PACE = 0.008
+PACE = 0.02
 
 #: What tasks keep for ever.
 kept = []

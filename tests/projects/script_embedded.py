@@ -37,7 +37,8 @@ def main(pool, *hostname):
         sys.exit(worker.exitcode)
     if pool == "class":
         from memsafe_pool import Pool as pool  # noqa: N813
-    with start_worker(app, pool=pool, concurrency=2, perform_ping_check=False, loglevel="INFO"):
+    options = {"perform_ping_check": False, "shutdown_timeout": 60.0, "loglevel": "INFO"}
+    with start_worker(app, pool=pool, concurrency=2, **options):
         double = app.tasks["embedded.double"]
         results = [double.delay(number).get(timeout=60, disable_sync_subtasks=False) for number in range(3)]
     Path("results").write_text(json.dumps([os.getpid(), *results]))

@@ -10,13 +10,14 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "unit",
+    derandomize=True,  # what has passed passes again; to search is for the long one, and make check-model
     deadline=None,  # timings are not asserted
     database=None,  # no folder of examples is left behind
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
 #: For a long search by hand: HYPOTHESIS_PROFILE=long.
-settings.register_profile("long", settings.get_profile("unit"), max_examples=5000)
+settings.register_profile("long", settings.get_profile("unit"), derandomize=False, max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unit"))
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from billiard.exceptions import WorkerLostError
 from hypothesis import given
 from hypothesis import strategies as st
+from kombu.asynchronous import Hub
 
 from memsafe_pool.job import Job, lost
+from memsafe_pool.time_limits import TimeLimits
 
 
 def job(limits=(None, None), **callbacks):
@@ -15,6 +20,21 @@ def job(limits=(None, None), **callbacks):
 
 
 # Limits
+
+
+def test_a_job_that_has_ended_is_not_kept_by_its_limit():
+    """The loop's timer has an entry until the limit would have passed, but what it was about is gone."""
+    hub, limits = Hub(), TimeLimits(print)
+    limits.attach(hub, [])
+    limited = job((None, 3600.0))
+    limited.accept(42, 100.0)
+    limits.watch(limited)
+    limits.forget(limited)
+    seen = weakref.ref(limited)
+    del limited
+    gc.collect()
+    assert seen() is None
+    hub.close()
 
 
 def test_the_clock_starts_when_a_child_begins():

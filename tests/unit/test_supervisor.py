@@ -650,6 +650,20 @@ def test_children_of_one_task():
     assert pool.done(child) == [Start(1)]
 
 
+def test_a_replacement_that_ends_before_it_is_ready():
+    """And not by a failure: the next one is started when the old child has ended its next task."""
+    pool = Pool(bound=1, max_growth_bytes=10 * MIB)
+    [child] = pool.with_children(1)
+    pool.supervisor.rules.max_age = 1e9  # so that ends of tasks are told
+    pool.submit()
+    assert pool.done(child, private_bytes=20 * MIB) == [Start(1)]
+    [fresh] = pool.starting
+    pool.fleet.move(fresh, "leaving")
+    pool.gone(fresh)
+    pool.submit()
+    assert pool.done(child, private_bytes=20 * MIB) == [Start(1)]
+
+
 def test_children_are_replaced_one_after_the_other():
     """Not all at once, though all have grown alike."""
     pool = Pool(bound=4, max_growth_bytes=10 * MIB, max_age=1e9)
