@@ -1,7 +1,7 @@
 """The C helper, as Python functions: the allocator, the memory of this process, prctl.
 
 Covers the calls that Python itself cannot make, or not cheaply. They go through the extension
-``memsafe_pool._native`` (``csrc/``), or, where that was not built, through ctypes and /proc. Both release
+``memsafe_pool._native`` (``csrc/``), or, where that was not built, through ``native_ctypes``. Both release
 the GIL while they run, and a failure is an :class:`OSError` with ``errno``: ``ENOSYS`` where the platform
 has no such call. All numbers are about the process that calls, also after a fork; any thread may call.
 
@@ -19,6 +19,8 @@ import errno
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from memsafe_pool.native_ctypes import ALLOCATORS, CtypesLibrary, high_water_kilobytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,279 +91,8 @@ class _Library(Protocol):
     def ms_get_child_subreaper(self) -> int: ...
 
 
-#: In the order of MS_ALLOCATOR_* in csrc/memsafe_native.h.
-_ALLOCATORS = ("unknown", "glibc", "musl", "jemalloc", "mimalloc", "tcmalloc", "macos")
-
 #: Those whose free pages release_heap and whose numbers heap_bytes can ask for.
 _RELEASING = frozenset({"glibc", "jemalloc", "mimalloc", "tcmalloc", "macos"})
-
-
-class _CtypesLibrary:
-    """The same functions without the extension: on the C library that this process already has, and /proc.
-
-    The comments in ``csrc`` give the reasons. Files of /proc are opened at each call, so there is nothing
-    that a fork or a closed descriptor could spoil.
-    """
-
-    # <malloc.h>
-    M_TRIM_THRESHOLD = -1
-    M_MMAP_THRESHOLD = -3
-    M_ARENA_MAX = -8
-    INT_MAX = 2**31 - 1
-    # The members of struct mallinfo2; those that are not used have the names of their places.
-    MALLINFO2 = ("_0", "_1", "_2", "_3", "hblkhd", "_5", "_6", "uordblks", "fordblks", "_9")
-
-    # <linux/prctl.h>
-    PR_SET_PDEATHSIG = 1
-    PR_SET_CHILD_SUBREAPER = 36
-    PR_GET_CHILD_SUBREAPER = 37
-
-    def __init__(self, c_library: Any = None) -> None:
-        """`c_library` has the C functions as attributes; by default it is opened at the first call."""
-        self._c_library = c_library
-        self._allocator: int | None = None
-        self._mallinfo2: Any = None
-
-    def ms_allocator(self) -> int:
-        if self._allocator is None:
-            self._allocator = _ALLOCATORS.index(self._find_allocator())
-        return self._allocator
-
-    def ms_release_heap_bytes(self) -> int:
-        if (release := getattr(self, f"_release_{_ALLOCATORS[self.ms_allocator()]}", None)) is None:
-            return -errno.ENOSYS
-        before_bytes = self._anonymous_memory()
-        released = int(release())
-        if sys.platform == "darwin" or released < 0:
-            return released
-        after_bytes = self._anonymous_memory()
-        return 0 if before_bytes < 0 or after_bytes < 0 else max(0, before_bytes - after_bytes)
-
-    def ms_heap_bytes(self, free_bytes: Any, mmapped_bytes: Any, in_use_bytes: Any, /) -> int:
-        import ctypes
-
-        allocator = _ALLOCATORS[self.ms_allocator()]
-        free_bytes[0] = mmapped_bytes[0] = in_use_bytes[0] = 0
-        if allocator == "glibc" and (mallinfo2 := self._function("mallinfo2")) is not None:
-            if self._mallinfo2 is None:
-                fields = [(name, ctypes.c_size_t) for name in self.MALLINFO2]
-                self._mallinfo2 = type("Mallinfo2", (ctypes.Structure,), {"_fields_": fields})
-            mallinfo2.argtypes, mallinfo2.restype = [], self._mallinfo2
-            heap = mallinfo2()
-            anonymous_bytes = self._anonymous_memory()
-            not_in_use = heap.fordblks if anonymous_bytes < 0 else max(0, anonymous_bytes - heap.uordblks)
-            free_bytes[0], mmapped_bytes[0] = min(heap.fordblks, not_in_use), heap.hblkhd
-            in_use_bytes[0] = heap.uordblks
-            return 0
-        return -errno.ENOSYS
-
-    def ms_set_allocator_thresholds(self, mmap_bytes: int, trim_bytes: int, arenas: int, /) -> int:
-        import ctypes
-
-        if not all(-1 <= value <= self.INT_MAX for value in (mmap_bytes, trim_bytes, arenas)):
-            return -errno.EINVAL
-        if _ALLOCATORS[self.ms_allocator()] != "glibc":
-            return -errno.ENOSYS
-        mallopt = self._function("mallopt")
-        mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-        if mmap_bytes >= 0 and not mallopt(self.M_MMAP_THRESHOLD, mmap_bytes):
-            return -errno.EINVAL
-        if trim_bytes >= 0:
-            mallopt(self.M_TRIM_THRESHOLD, trim_bytes)
-        if arenas >= 0:
-            mallopt(self.M_ARENA_MAX, arenas)
-        return 0
-
-    def ms_own_memory_bytes(self, resident_bytes: Any, anonymous_bytes: Any, /) -> int:
-        try:
-            fields = _read("/proc/self/statm").split()
-        except OSError as error:
-            return -_proc_errno(error)
-        page_bytes = os.sysconf("SC_PAGE_SIZE")
-        resident_bytes[0] = int(fields[1]) * page_bytes
-        anonymous_bytes[0] = (int(fields[1]) - int(fields[2])) * page_bytes
-        return 0
-
-    def ms_peak_resident_bytes(self) -> int:
-        try:
-            kilobytes = None if sys.platform == "darwin" else _high_water_kilobytes()
-        except OSError as error:
-            return -_proc_errno(error)
-        if kilobytes is not None:
-            return 1024 * kilobytes
-        import resource
-
-        highest: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return highest if sys.platform == "darwin" else 1024 * highest
-
-    def ms_measure(self, numbers: Any, /) -> int:
-        import resource
-
-        resident_bytes, anonymous_bytes = [0], [0]
-        if (result := self.ms_own_memory_bytes(resident_bytes, anonymous_bytes)) < 0:
-            return result
-        if (peak_bytes := self.ms_peak_resident_bytes()) < 0:
-            return peak_bytes
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        numbers[:] = [resident_bytes[0], anonymous_bytes[0], peak_bytes, faults]
-        return 0
-
-    def ms_reset_peak(self) -> int:
-        try:
-            _write("/proc/self/clear_refs", b"5")
-        except OSError as error:
-            return -_proc_errno(error)
-        return 0
-
-    def ms_raise_oom_score_adj(self, by: int, /) -> int:
-        if by < 0:
-            return -errno.EINVAL
-        try:
-            before = int(_read("/proc/self/oom_score_adj"))
-            raised = min(by, 1000 - before)
-            if raised > 0:
-                _write("/proc/self/oom_score_adj", b"%d" % (before + raised))
-        except OSError as error:
-            return -_proc_errno(error)
-        return raised
-
-    def ms_set_parent_death_signal(self, signum: int, /) -> int:
-        return self._prctl(self.PR_SET_PDEATHSIG, signum)
-
-    def ms_set_child_subreaper(self, on: int, /) -> int:
-        return self._prctl(self.PR_SET_CHILD_SUBREAPER, on)
-
-    def ms_get_child_subreaper(self) -> int:
-        import ctypes
-
-        on = ctypes.c_int(0)
-        return self._prctl(self.PR_GET_CHILD_SUBREAPER, ctypes.addressof(on)) or on.value
-
-    def _function(self, name: str) -> Any:
-        """The C function of that name, or None."""
-        import ctypes
-
-        if self._c_library is None:
-            self._c_library = ctypes.CDLL(None, use_errno=True)
-        return getattr(self._c_library, name, None)
-
-    def _provider(self, name: str) -> int | None:
-        """The address at which the object with that function begins, or None."""
-        import ctypes
-
-        class DlInfo(ctypes.Structure):
-            _fields_ = [
-                ("dli_fname", ctypes.c_char_p),
-                ("dli_fbase", ctypes.c_void_p),
-                ("dli_sname", ctypes.c_char_p),
-                ("dli_saddr", ctypes.c_void_p),
-            ]
-
-        function, dladdr = self._function(name), self._function("dladdr")
-        if function is None or dladdr is None:
-            return None
-        found = DlInfo()
-        dladdr.argtypes, dladdr.restype = [ctypes.c_void_p, ctypes.POINTER(DlInfo)], ctypes.c_int
-        if not dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found)):
-            return None
-        base: int | None = found.dli_fbase
-        return base
-
-    def _find_allocator(self) -> str:
-        if sys.platform == "darwin":
-            return "macos"
-        if (provider := self._provider("malloc_usable_size")) is None:
-            return "unknown"
-        for allocator, function in (
-            ("glibc", "gnu_get_libc_version"),
-            ("jemalloc", "mallctl"),
-            ("mimalloc", "mi_collect"),
-            ("tcmalloc", "MallocExtension_ReleaseFreeMemory"),
-            ("musl", "__libc_start_main"),
-        ):
-            if self._provider(function) == provider:
-                return allocator
-        return "unknown"
-
-    def _release_glibc(self) -> int:
-        import ctypes
-
-        trim = self._function("malloc_trim")
-        trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
-        trim(0)
-        return 0
-
-    def _release_jemalloc(self) -> int:
-        import ctypes
-
-        mallctl = self._function("mallctl")
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        mallctl.argtypes, mallctl.restype = [ctypes.c_char_p, pointer, pointer, pointer, size], ctypes.c_int
-        mallctl(b"thread.tcache.flush", None, None, None, 0)
-        return -int(mallctl(b"arena.4096.purge", None, None, None, 0))
-
-    def _release_mimalloc(self) -> int:
-        import ctypes
-
-        collect = self._function("mi_collect")
-        collect.argtypes, collect.restype = [ctypes.c_bool], None
-        collect(True)
-        return 0
-
-    def _release_tcmalloc(self) -> int:
-        for name in ("MallocExtension_MarkThreadTemporarilyIdle", "MallocExtension_ReleaseFreeMemory"):
-            if (function := self._function(name)) is not None:
-                function.argtypes, function.restype = [], None
-                function()
-        return 0
-
-    def _release_macos(self) -> int:
-        import ctypes
-
-        if (relieve := self._function("malloc_zone_pressure_relief")) is None:
-            return -errno.ENOSYS
-        relieve.argtypes, relieve.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_size_t
-        return int(relieve(None, 0))
-
-    def _prctl(self, option: int, argument: int) -> int:
-        import ctypes
-
-        if (prctl := self._function("prctl")) is None:
-            return -errno.ENOSYS
-        prctl.argtypes, prctl.restype = [ctypes.c_int] + [ctypes.c_ulong] * 4, ctypes.c_int
-        return -ctypes.get_errno() if prctl(option, argument, 0, 0, 0) < 0 else 0
-
-    def _anonymous_memory(self) -> int:
-        """In bytes, or -errno."""
-        resident_bytes, anonymous_bytes = [0], [0]
-        return self.ms_own_memory_bytes(resident_bytes, anonymous_bytes) or anonymous_bytes[0]
-
-
-def _read(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(descriptor, 65536, 0)
-    finally:
-        os.close(descriptor)
-
-
-def _high_water_kilobytes() -> int | None:
-    """VmHWM of this process; None where the kernel has no such line, as in gVisor."""
-    _, found, rest = _read("/proc/self/status").partition(b"\nVmHWM:")
-    return int(rest.split(None, 1)[0]) if found else None
-
-
-def _write(path: str, text: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, text)
-    finally:
-        os.close(descriptor)
-
-
-def _proc_errno(error: OSError) -> int:
-    """ENOSYS on a platform that has no /proc, as the extension has it; else the error's own number."""
-    return error.errno or errno.EIO if sys.platform == "linux" else errno.ENOSYS
 
 
 #: Why the extension cannot be used, in the import's own words; None when it can.
@@ -375,7 +106,7 @@ try:
     from memsafe_pool._native import lib as _library
 except ImportError as error:
     EXTENSION_ERROR = str(error)
-    _library = _CtypesLibrary()
+    _library = CtypesLibrary()
 
     def _new_cell() -> Any:
         return [0]
@@ -431,7 +162,7 @@ def allocator() -> str:
     "glibc", "musl", "jemalloc", "mimalloc", "tcmalloc", "macos" or "unknown". A library that is loaded
     but does not serve malloc does not count. 0.2 us, the first call 65 us.
     """
-    return _ALLOCATORS[_library.ms_allocator()]
+    return ALLOCATORS[_library.ms_allocator()]
 
 
 def release_heap() -> int:
@@ -621,7 +352,7 @@ def _probe_private() -> None:
 
 def _probe_high_water() -> None:
     """Raise ENODATA where Linux does not say VmHWM, so that :func:`peak` has to do with ``ru_maxrss``."""
-    if sys.platform == "linux" and _high_water_kilobytes() is None:
+    if sys.platform == "linux" and high_water_kilobytes() is None:
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
 

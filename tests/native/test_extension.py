@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from memsafe_pool import native
+from memsafe_pool import native, native_ctypes
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -37,7 +37,7 @@ def test_it_declares_what_the_package_expects():
     """The header, the fallback and the typed description have the same functions."""
     extension = importlib.import_module("memsafe_pool._native")
     assert sorted(name for name in dir(extension.lib) if name.startswith("ms_")) == FUNCTIONS
-    assert sorted(name for name in vars(native._CtypesLibrary) if name.startswith("ms_")) == FUNCTIONS
+    assert sorted(name for name in vars(native_ctypes.CtypesLibrary) if name.startswith("ms_")) == FUNCTIONS
 
 
 def test_it_names_the_allocators_in_the_same_order():
@@ -49,7 +49,7 @@ def test_it_names_the_allocators_in_the_same_order():
         for name in dir(library)
         if name.startswith(prefix)
     }
-    assert numbers == {name: number for number, name in enumerate(native._ALLOCATORS)}
+    assert numbers == {name: number for number, name in enumerate(native_ctypes.ALLOCATORS)}
 
 
 @pytest.mark.parametrize("blocked", [False, True], ids=["extension", "ctypes"])

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from memsafe_pool import native
+from memsafe_pool import native, native_ctypes
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="looks at the effect in /proc and through prctl"
@@ -79,8 +79,8 @@ def test_the_second_release_finds_little(run):
 @needs_malloc_trim
 def test_without_proc_a_release_counts_nothing(monkeypatch):
     """The fallback cannot count where /proc is missing: the heap is released, the number is 0."""
-    monkeypatch.setattr(native._CtypesLibrary, "_anonymous_memory", lambda _: -errno.ENOENT)
-    monkeypatch.setattr(native, "_library", native._CtypesLibrary())
+    monkeypatch.setattr(native_ctypes.CtypesLibrary, "_anonymous_memory", lambda _: -errno.ENOENT)
+    monkeypatch.setattr(native, "_library", native_ctypes.CtypesLibrary())
     assert native.release_heap() == 0
 
 
@@ -226,7 +226,7 @@ def test_the_subreaper_flag_is_read_back(run):
 )
 def test_a_c_library_without_the_function_is_reported(monkeypatch, function, arguments):
     """Where the C library has neither an allocator that is known nor prctl, each call raises ENOSYS."""
-    monkeypatch.setattr(native, "_library", native._CtypesLibrary(c_library=object()))
+    monkeypatch.setattr(native, "_library", native_ctypes.CtypesLibrary(c_library=object()))
     with pytest.raises(OSError, match=os.strerror(errno.ENOSYS)) as caught:
         function(*arguments)
     assert caught.value.errno == errno.ENOSYS
@@ -234,7 +234,7 @@ def test_a_c_library_without_the_function_is_reported(monkeypatch, function, arg
 
 def test_what_is_missing_is_said(monkeypatch):
     """The phrases name each thing that this C library cannot do; with everything there, there are none."""
-    monkeypatch.setattr(native, "_library", native._CtypesLibrary(c_library=object()))
+    monkeypatch.setattr(native, "_library", native_ctypes.CtypesLibrary(c_library=object()))
     monkeypatch.setattr(native, "HAVE_EXTENSION", False)
     assert native.missing() == [
         "the C extension is not built, so calls through ctypes and /proc are slower",
@@ -247,7 +247,7 @@ def test_what_is_missing_is_said(monkeypatch):
 
 def test_a_kernel_that_says_less(monkeypatch):
     """Without VmHWM the peak is that of the program's life; what is missing is named, as is smaps_rollup."""
-    real_read, real_open = native._read, os.open
+    real_read, real_open = native_ctypes._read, os.open
 
     def read(path):
         return real_read(path).replace(b"\nVmHWM:", b"\nVmXXX:")
@@ -257,8 +257,8 @@ def test_a_kernel_that_says_less(monkeypatch):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return real_open(path, *arguments)
 
-    monkeypatch.setattr(native, "_library", native._CtypesLibrary())
-    monkeypatch.setattr(native, "_read", read)
+    monkeypatch.setattr(native, "_library", native_ctypes.CtypesLibrary())
+    monkeypatch.setattr(native_ctypes, "_read", read)
     monkeypatch.setattr(os, "open", open_but)
     assert native.peak() == 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert native.missing()[-2:] == [

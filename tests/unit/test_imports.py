@@ -29,6 +29,7 @@ PURE = [
     "memory",
     "meter",
     "native",
+    "native_ctypes",
     "neighbours",
     "pauses",
     "peaks",
