@@ -359,7 +359,7 @@ def test_numbers_that_are_not_pythons_own(app, sizes, caplog):
     assert (job.estimate, job.soft_limit) == (certain(5), 6)
     assert type(job.estimate.reserved) is int
     assert not caplog.messages
-    job.args[2]["memsafe_memory"] = numpy.True_
+    job.args[2]["memsafe_memory"] = True
     sizes.size_up(job)
     assert len(caplog.messages) == 1
 
