@@ -18,7 +18,7 @@ from celery.utils.imports import cwd_in_path
 from celery.utils.log import get_logger
 from click import ClickException, get_current_context
 
-from memsafe_pool import child, forkserver, fresh, native, prefetch, settings, start, upstream
+from memsafe_pool import child, cores, forkserver, fresh, native, prefetch, settings, start, upstream
 from memsafe_pool.engine import Engine
 from memsafe_pool.recycle import Rules
 from memsafe_pool.start_forkserver import Forkserver
@@ -132,7 +132,7 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
                 pause=chosen.pause,
                 tries=chosen.memory_tries,
                 state=chosen.state,
-                cores=_cores(),
+                cores=cores.count(),
             ),
             rules=Rules(
                 max_tasks=options.get("maxtasksperchild"),
@@ -259,13 +259,6 @@ def _writes(pool: Engine) -> dict[str, Any]:
             "active": sum(1 for child in children if child.link.writing),
         },
     }
-
-
-def _cores() -> int:
-    """Return the number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _autoscale_maximum() -> int:
