@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 
+from memsafe_pool import cores
 from memsafe_pool.machine import Machine, Terms, Work
-from memsafe_pool.simulate import TraceError, main, read, replay, table
+from memsafe_pool.simulate import TraceError, _parser, main, read, replay, table
 
 MIB = 1 << 20
 
@@ -34,21 +36,25 @@ def tasks(number, peak, seconds=0.2, *, at=0.0, name="any", **options):
         "name, duration, arrival, peak\n\nreport, 2, 0.5, 50000000\n",
         '{"start": 0.5, "name": "report", "peak": 5e7, "seconds": 2}\n\n',
         '{"arrival": "0.5", "name": "report", "peak": "50MB", "duration": 2, "reserved": null}',
+        "start,peak,end,name\n0.5,50MB,2.5,report\n",
+        '{"start": 0.5, "name": "report", "peak": 5e7, "end": 2.5, "late": true}',
     ],
 )
 def test_ways_to_write_the_same(text):
-    """CSV and JSON lines, two names for times, bytes and sizes."""
+    """CSV and JSON lines, two names for times, its time or its end, bytes and sizes."""
     [(at, work)] = read(io.StringIO(text))
     assert (at, work.name, work.peak, work.seconds) == (0.5, "report", 50_000_000, 2.0)
     assert work.declared is work.label is None
+    assert work.redeliverable
 
 
 def test_what_may_be_added():
-    """What is declared, what is kept, how fast it gets to its peak, what else its size is known by."""
-    [(_, work)] = read([f"{HEAD},reserved,kept,rise,key", "0,report,50MB,2,60MB,1MB,0.1,big"])
+    """What is declared or kept, when it is at its peak, what else tells its size, how it is acknowledged."""
+    [(_, work)] = read([f"{HEAD},reserved,kept,rise,key,late", "0,report,50MB,2,60MB,1MB,0.1,big,no"])
     assert work.declared == 60_000_000
     assert work.curve == ((0.0, 0), (0.1, 50_000_000), (2.0, 50_000_000), (2.0, 1_000_000))
     assert work.label == "big"
+    assert not work.redeliverable
 
 
 @pytest.mark.parametrize(
@@ -61,6 +67,13 @@ def test_what_may_be_added():
         (f"{HEAD}\n\n0,a,many,2", "line 3: peak is 'many', and must be bytes or a size such as '50MB'"),
         (f"{HEAD}\n-1,a,1,2", "line 2: start is '-1', and must be a number of seconds"),
         (f"{HEAD}\n0,a,1,nan", "line 2: seconds is 'nan', and must be a number of seconds"),
+        (f"{HEAD}\n0,a,1,1e300", "line 2: it takes more than a year"),
+        (f"{HEAD}\n5,a,1,1\n1e11,a,1,1", "line 3: start is more than a year from that of another task"),
+        ("start,name,peak,end\n5,a,1,4", "line 2: end is before start"),
+        ("start,name,peak,end\n5,a,1,late", "line 2: end is 'late', and must be a number of seconds"),
+        ("name,peak,end\na,1,4", "line 2: there is no 'start'"),
+        (f"{HEAD},end\n0,a,1,2,2", "line 2: there are both 'seconds' and 'end'"),
+        (f"{HEAD},late\n0,a,1,2,perhaps", "line 2: late is 'perhaps', and must be yes or no"),
         (f"{HEAD},rise\n0,a,1,2,3", "line 2: rise is more than seconds"),
         (f"{HEAD},kept\n0,a,1,2,3", "line 2: kept is more than peak"),
         (f"{HEAD},colour\n0,a,1,2,red", "line 2: 'colour' is not known"),
@@ -68,6 +81,8 @@ def test_what_may_be_added():
         ('{"start": 0', "line 1: not valid JSON"),
         ('{"start": 0}\n[1]', "line 1: there is no 'name'"),
         ('{"start": 0, "name": "a", "peak": 1, "seconds": 1}\n[1]', "line 2: not a JSON object"),
+        ('{"start": ' + "[" * 100_000, "line 1: not valid JSON"),
+        (HEAD + "\n0,a,1," + "2" * 200_000, "line 2: not valid CSV"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(text, complaint):
@@ -75,6 +90,28 @@ def test_what_is_wrong_is_said_with_its_line(text, complaint):
     with pytest.raises(TraceError) as caught:
         read(io.StringIO(text))
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("start", "peak", "seconds", "kept", "late") for value in ([1], {"a": 1})]
+    + [("name", ["a"]), ("key", {}), ("seconds", True), ("start", 10**400), ("end", [])],
+)
+def test_a_value_of_another_kind_is_named(name, value):
+    """JSON has lists, objects and numbers of any length."""
+    row = {"start": 0, "name": "a", "peak": 1, "seconds": 1}
+    if name == "end":
+        del row["seconds"]
+    with pytest.raises(TraceError, match=f"line 1: {name} is .*, and must be "):
+        read([json.dumps({**row, name: value})])
+
+
+def test_any_clock_will_do():
+    """Seconds since 1970 take no longer to replay than seconds since the first task."""
+    text = f"{HEAD}\n{{0}}.25,a,1MB,2\n{{0}}.5,b,1MB,2"
+    machines = [replay(read(io.StringIO(text.format(clock))), terms()) for clock in (0, 1_700_000_000)]
+    assert machines[0].now == pytest.approx(machines[1].now)
+    assert table(machines[0]) == table(machines[1])
 
 
 # The machine
@@ -105,6 +142,12 @@ def test_one_that_can_never_fit_fails_and_the_others_do_not():
     assert {work.name for work in machine.works if work.outcome == "failed"} == {"giant"}
     assert machine.counts.killed >= 1
     assert machine.counts.kernel_kills == 0
+
+
+def test_what_is_acknowledged_early_is_not_run_again():
+    """Nobody has said that it may be."""
+    [work] = replay(tasks(1, 2048, 2.0, redeliverable=False), terms()).works
+    assert (work.outcome, work.runs) == ("failed", 1)
 
 
 def test_without_pauses_the_kernel_kills():
@@ -160,6 +203,44 @@ def test_the_command_prints_a_table(tmp_path, capsys):
     assert "longest wait" in out
 
 
+#: Two at once, and two more after a time in which children go; ten that leave something behind, one after the
+#: other; two that do not fit together, without a word of it; one that fits nowhere.
+APART = ["0,a,20MB,2"] * 2 + ["100,a,20MB,2"] * 2
+LEAKY = [f"{number},leaky,20MB,0.5,10MB" for number in range(10)]
+LARGE = ["0,a,600MB,3", "0,b,600MB,3"]
+GIANT = ["0,giant,2GB,2"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "setting", "change"),
+    [
+        (APART, ["--min-children", "2"], ("children started", "4", "2")),
+        (APART, ["--idle-timeout", "none"], ("children started", "4", "2")),
+        (LEAKY, ["--max-child-growth", "35MB"], ("children started", "1", "3")),
+        (LEAKY, ["--max-child-age", "4"], ("children started", "1", "3")),
+        (LARGE, ["--max-pause", "1"], ("tasks killed", "0 times", "1 times")),
+        (GIANT, ["--tries", "0"], ("tasks run again", "1 times", "0 times")),
+        (GIANT, ["--budget", "256MiB"], ("budget", "922 MiB", "256 MiB")),
+    ],
+)
+def test_settings_of_the_pool(rows, setting, change, tmp_path, capsys):
+    """Each changes what happens."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("\n".join(["start,name,peak,seconds,kept", *rows]))
+    found = []
+    for options in [], setting:
+        assert main([str(trace), "--limit", "1GiB", "-c", "4", *options]) == 0
+        lines = {line[:18].strip(): line[19:] for line in capsys.readouterr().out.splitlines()}
+        found.append(lines[change[0]])
+    assert found == list(change[1:])
+
+
+def test_it_has_the_cores_of_this_process():
+    """Those it may run on, as the pool counts them."""
+    given = _parser().parse_args(["-", "--limit", "1GiB"])
+    assert given.cores == given.concurrency == cores.count() >= 1
+
+
 def test_the_table_names_what_has_failed():
     """And tells when the worker itself did not fit."""
     assert "tasks failed       1 (giant)" in table(replay(tasks(1, 2048, name="giant"), terms()))
@@ -173,6 +254,14 @@ def test_the_table_names_what_has_failed():
         (["-", "--limit", "1GiB", "-c", "0"], "-c and --cores must be at least 1"),
         (["-", "--limit", "32MiB"], "the worker and one child do not fit under a limit of 32 MiB"),
         (["-", "--limit", "1GiB", "--budget", "2.0"], "it must be a size"),
+        (["-", "--limit", "1GiB", "--start", "nan"], "'nan': it must be a number of seconds above 0"),
+        (["-", "--limit", "1GiB", "--start", "inf"], "'inf': it must be a number of seconds above 0"),
+        (["-", "--limit", "1GiB", "--start", "1e9"], "--start must be at most 3600 seconds"),
+        (["-", "--limit", "1GiB", "--overtake", "nan"], "'nan': it must be a number of seconds above 0"),
+        (["-", "--limit", "1GiB", "--tries", "-1"], "'-1': it must be a whole number, 0 or more"),
+        (["-", "--limit", "1GiB", "--max-child-age", "inf"], "'inf': it must be a number of seconds, 0 or"),
+        (["-", "--limit", "1GiB", "--max-child-growth", "0"], "'0': it must be a size of more than 0"),
+        (["-", "--limit", "1GiB", "-c", "4", "--min-children", "5"], "must be at most -c, which is 4"),
         (["-", "--limit", "1GiB"], "-: there is no task in it"),
     ],
 )
