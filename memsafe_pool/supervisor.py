@@ -538,7 +538,8 @@ class Supervisor:
         reason = self.rules.should_go(child, now, pressed=pressed)
         if reason is None or self._extra + self.fleet.leaving >= max(self._staying // REPLACED_AT_ONCE, 1):
             return []
-        if pressed or now < self._not_before or self.room.free < self.room.child_bytes:
+        children = (self.fleet.starting + 1) * self.room.child_bytes
+        if pressed or now < self._not_before or self.room.free < children:
             return [Retire(child, reason)]  # no room for two, or nobody to replace it
         self._replaced[child] = reason
         return [Start(1)]

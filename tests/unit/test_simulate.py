@@ -9,6 +9,7 @@ import pytest
 
 from memsafe_pool import cores
 from memsafe_pool.machine import Machine, Terms, Work
+from memsafe_pool.recycle import Rules
 from memsafe_pool.simulate import TraceError, _parser, main, read, replay, table
 
 MIB = 1 << 20
@@ -173,6 +174,19 @@ def test_children_that_keep_memory_are_replaced():
     assert all(work.outcome == "done" for work in machine.works)
     assert machine.counts.retired > 0
     assert machine.counts.kernel_kills == 0
+
+
+def test_replacements_start_where_there_is_room():
+    """What other children that are starting are still going to take is not there for them."""
+    machine = Machine(
+        terms(256, 5, base=80 * MIB, child=30 * MIB, start_seconds=0.3, others={"rules": Rules(max_age=0.5)})
+    )
+    machine.room.child_bytes = 30 * MIB
+    for number in range(100):
+        [(at, work)] = tasks(1, 1, 0.2, at=number / 10, declared=MIB)
+        machine.arrive(work, at)
+    machine.run()
+    assert machine.counts.peak <= machine.budget.bytes
 
 
 def test_a_lower_limit_is_followed():
