@@ -40,7 +40,7 @@ class Work:
     Arguments:
         name: Its name.
         curve: Points ``(seconds since it began, bytes beyond what its child had)``, in straight lines from
-            one to the next. The last one is its end: what its child keeps for ever.
+            one to the next, up or down. The last one is its end: what its child keeps for ever.
         declared: What it is said to need, or None.
         label: What else its size is known by, or None.
         redeliverable: Whether it may be run again after it was ended in the middle.
@@ -92,16 +92,37 @@ class Work:
 
 
 class _Run:
-    """A task in a child: where it is on its curve."""
+    """A task in a child: where it is on its curve, and on which line of it."""
 
-    __slots__ = ("at", "going", "point", "progress", "version", "work")
+    __slots__ = (
+        "_end",
+        "_high",
+        "_low",
+        "_rate",
+        "_start",
+        "at",
+        "going",
+        "point",
+        "progress",
+        "version",
+        "work",
+    )
 
     def __init__(self, work: Work, now: float) -> None:
         self.work, self.at = work, now
-        self.progress = 0.0
-        self.point = 0  # the last point of the curve that was reached
         self.going = True
         self.version = 0
+        self.reach(0)
+
+    def reach(self, point: int) -> None:
+        """Be at a point of the curve, the last one that was reached."""
+        curve = self.work.curve
+        self.point = point
+        self._start, self._low = curve[point]
+        self._end, self._high = curve[min(point + 1, len(curve) - 1)]
+        self.progress = self._start
+        seconds = self._end - self._start
+        self._rate = (self._high - self._low) / seconds if seconds > 0 else 0.0
 
     def move(self, now: float) -> None:
         if self.going:
@@ -111,22 +132,13 @@ class _Run:
     @property
     def slope(self) -> float:
         """Bytes per second, now."""
-        curve, point = self.work.curve, self.point
-        if not self.going or point + 1 >= len(curve):
-            return 0.0
-        (start, low), (end, high) = curve[point], curve[point + 1]
-        return (high - low) / (end - start) if end > start else 0.0
+        return self._rate if self.going else 0.0
 
     def grown(self, now: float) -> float:
-        curve, point = self.work.curve, self.point
-        start, low = curve[point]
         progress = self.progress + (now - self.at if self.going else 0.0)
-        if point + 1 >= len(curve):
-            return low
-        end, high = curve[point + 1]
-        if end <= start:
-            return high
-        return low + (high - low) * min(max((progress - start) / (end - start), 0.0), 1.0)
+        if progress >= self._end:
+            return self._high
+        return self._low + self._rate * (progress - self._start)
 
 
 class SimulatedChild:
@@ -323,9 +335,13 @@ class Machine:
         """Know what a task needs, as from an earlier run."""
         self.learned.learn(work.name, work.label, work.peak)
 
-    def crash(self, child: SimulatedChild) -> None:
-        """Let a child end by itself: its task is lost."""
-        self._gone(child)
+    def crash(self, child: SimulatedChild, *, begun: bool = True) -> None:
+        """Let a child end by itself.
+
+        Arguments:
+            begun: Whether it had begun its task, which is lost then; else another child gets it.
+        """
+        self._gone(child, begun=begun)
 
     def renew(self) -> None:
         """Have all children replaced."""
@@ -364,19 +380,19 @@ class Machine:
 
     def step(self) -> None:
         """Let the next thing happen."""
-        at = self.next_at
-        used, slope = self.used, self._slope
-        if slope > 0 and used + slope * (at - self.now) > self.limit:
-            self.now = min(at, self.now + max(self.limit - used, 0) / slope)
-            self._note_peak()
-            self._kernel_kills()
-            return
+        at, slope = self.next_at, self._slope
+        if slope > 0:
+            used = self.used
+            if used + slope * (at - self.now) > self.limit:
+                self.now = min(at, self.now + max(self.limit - used, 0) / slope)
+                self._note_peak()
+                self._kernel_kills()
+                return
         self.now = at
         self._note_peak()
         _, _, call, arguments = heappop(self._heap)
         call(*arguments)
-        self._note_peak()
-        while self.used > self.limit and self.ended_by is None:
+        while self._note_peak() > self.limit and self.ended_by is None:
             self._kernel_kills()
 
     # -- memory
@@ -406,8 +422,10 @@ class Machine:
             return child.cost * min((self.now - child.born) / self.terms.start_seconds, 1.0)
         return child.cost + child.kept + (child.run.grown(self.now) if child.run is not None else 0)
 
-    def _note_peak(self) -> None:
-        self.counts.peak = max(self.counts.peak, int(self.used))
+    def _note_peak(self) -> float:
+        used = self.used
+        self.counts.peak = max(self.counts.peak, int(used))
+        return used
 
     def _kernel_kills(self) -> None:
         """End the largest child, as the kernel does when the limit is reached."""
@@ -453,7 +471,7 @@ class Machine:
         self.fleet.move(child, "leaving")
         self._unwatch(child)
 
-    def _gone(self, child: SimulatedChild, memory: str | None = None) -> None:
+    def _gone(self, child: SimulatedChild, memory: str | None = None, *, begun: bool = True) -> None:
         if child.state == "gone":
             return
         failed = child.state == "starting"
@@ -466,7 +484,11 @@ class Machine:
             run.version += 1
             grown = self.room.grown.get(run.work, 0)
             self.supervisor.ended(run.work)
-            if memory is None:
+            if not begun:
+                run.work.runs -= 1
+                run.work.began = run.work.began if run.work.runs else None
+                self._give_again(run.work)
+            elif memory is None:
                 self._finish(run.work, "failed")
             else:
                 self._on_memory_lost(run.work, grown)
@@ -521,8 +543,7 @@ class Machine:
         if version != run.version or child.frozen is not None:
             return
         run.move(self.now)
-        run.point += 1
-        run.progress = run.work.curve[run.point][0]
+        run.reach(run.point + 1)
         if run.point + 1 < len(run.work.curve):
             self._next_point(child, run)
         elif not run.work.hangs:
@@ -533,6 +554,8 @@ class Machine:
         child.run = None
         child.tasks += 1
         child.kept += work.curve[-1][1]
+        # What it keeps is gone, although nobody has looked since.
+        self.room.headroom -= work.curve[-1][1]
         self._first_runs.note(child, work.name, work.curve[-1][1])
         self.learned.learn(work.name, work.label, work.peak)
         if child.tasks == 1:
@@ -571,6 +594,9 @@ class Machine:
         work.alone = work.tries >= self.terms.tries or work.estimate.reserved > self.budget.bytes
         work.since = self.now
         self.counts.redelivered += 1
+        self._give_again(work)
+
+    def _give_again(self, work: Work) -> None:
         self.waiting.appendleft(work)
         self._decide(supervisor.Waiting())
 
@@ -722,10 +748,10 @@ class Machine:
                 changed = True
         self._sample_in(decision.wait)
         stuck = decision.stuck and self.now - self._stuck_at > STUCK_AGAIN_SECONDS
-        look = self._look()
+        look = self._look() if stuck else None
         if changed:
             self._decide(supervisor.Tick())
-        if stuck:
+        if look is not None:
             self._stuck_at = self.now
             if self._victim is None:
                 self._decide(supervisor.Stuck(look))

@@ -1,14 +1,14 @@
 """The rules against a simulated machine: whatever comes, in whatever order, some things always hold.
 
 The machine is ``memsafe_pool.machine``: children that start with a delay and cost memory, tasks that grow,
-free, keep memory for ever, lie about what they need or hang, limits that move, others that use the same
-memory. An *honest* machine has none of the latter four. ``make check-model`` runs 10,000 examples.
+free some and grow again, hang, keep memory for ever, or lie about what they need, limits that move, others
+that use the same memory. An *honest* machine has none of the latter four. What must not happen is found out
+from what children do, not from what the rules say of it. ``make check-model`` runs 10,000 examples.
 """
 
 from __future__ import annotations
 
 import os
-from itertools import takewhile
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ from memsafe_pool.machine import Machine, Terms, Work
 from memsafe_pool.pauses import MARGIN_BYTES, MARGIN_SHARE
 from memsafe_pool.recycle import Rules
 
-EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "400"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "240"))
 MIB = 1 << 20
 
 #: No task takes memory faster than this, in bytes per second: what one core can touch.
@@ -27,11 +27,21 @@ FASTEST = 4e9
 #: What others leave, and what a lower limit leaves, beside what is used (bytes).
 LEFT_BYTES = 40 * MIB
 
+#: Seconds in which something begins when nothing runs: the time until the next look at memory, and some more.
+NOTHING_RUNS_SECONDS = 2.5
+
+#: So near to the beginning or end of a turn both are right (seconds).
+ROUNDING = 1e-6
+
+#: Seconds after which the model ends a task that hangs, when all is to end.
+HANGING_SECONDS = 5.0
+
 one_of = st.sampled_from
 
 machines = st.fixed_dictionaries(
     {
         "limit": one_of([256, 512, 1024]).map(lambda size: size * MIB),
+        "budget": one_of(["auto", "auto", 0.7, 200 * MIB]),
         "bound": one_of([1, 2, 4, 10]),
         "cores": one_of([1, 2, 8]),
         "tries": one_of([2, 1, 0]),
@@ -57,22 +67,86 @@ tasks = st.fixed_dictionaries(
         "seconds": one_of([0.0, 0.01, 0.05, 0.2, 1.0, 5.0]),
         "rise": one_of([0.1, 0.5, 1.0]),  # the share of its time in which it gets to its peak
         "first": one_of([0.0, 0.0, 0.5]),  # the share of its peak that it takes as fast as it can
-        "kept": one_of([0.0, 0.0, 0.0, 0.02, 1.0]),  # the share of its peak that its child keeps
+        # Shares of its peak between which it falls and rises afterwards.
+        "waves": one_of([(), (), (0.0,), (0.5, 1.0), (0.0, 0.7), (0.1, 1.0, 0.1, 1.0)]),
+        "kept": one_of([0.0, 0.0, 0.0, 0.02, 0.5, 1.0]),  # of its peak: what its child keeps at most
         "declared": one_of([None, None, 1.0, 0.5, 0.1, 2.0]),  # of its peak
         "hangs": one_of([False] * 9 + [True]),
         "redeliverable": st.booleans(),
         "name": one_of("ab"),
     }
 )
+#: Small tasks that keep coming: with so many at a time, the next before the last ones have ended.
+streams = st.fixed_dictionaries(
+    {
+        "peak": one_of([1, 5, 20]).map(lambda size: size * MIB),
+        "seconds": one_of([0.2, 1.0, 3.0]),
+        "number": one_of([1, 2]),
+    }
+)
+
+
+def curve(task, peak, kept):
+    """The points of a task that gets to its peak, and then goes down and up in equal times until its end."""
+    first = int(task["first"] * peak)
+    at = max(task["rise"] * task["seconds"], peak / FASTEST)
+    points = [(0.0, 0), (first / FASTEST, first), (at, peak)]
+    step = max(task["seconds"] - at, 0.0) / (len(task["waves"]) + 1)
+    size = peak
+    for share in task["waves"]:
+        before, size = size, int(share * peak)
+        at += max(step, (size - before) / FASTEST)
+        points.append((at, size))
+    end = max(task["seconds"], at)
+    return [*points, (end, size), (end, min(int(kept * peak), size))]
+
+
+def turns(patience):
+    """The times in which nobody passes a task that waits for memory: pairs of seconds that it has waited."""
+    begin, length = patience, 6 * patience
+    while True:
+        yield begin, begin + length
+        begin += length + 6 * patience
+        length *= 2
+
+
+def is_its_turn(waited, patience):
+    for begin, end in turns(patience):
+        if waited < end - ROUNDING:
+            return waited > begin + ROUNDING
+    raise AssertionError
+
+
+def turn_for(needed, waited, patience):
+    """How long a task will have waited after ``needed`` seconds of the next turn that is long enough."""
+    for begin, end in turns(patience):
+        if end - max(begin, waited) >= needed:
+            return max(begin, waited) + needed
+    raise AssertionError
 
 
 class Watched(Machine):
-    """The machine, with a second look at each step that is taken."""
+    """The machine, with a second look at each step that is taken.
+
+    Attributes:
+        came: Number of each task, in the order in which they came.
+        since: When each task began to wait.
+        runs: What each task was in its children, one after the other.
+        crashed: Tasks whose child ended by itself when it had begun them.
+        unbegun: Runs that had not begun when their child ended by itself.
+        lost: Runs that were ended for want of memory.
+        beside: Runs that had others beside them.
+    """
 
     def __init__(self, terms):
         self.used_at_sample = self.active_at = 0.0
-        self.crashed = set()
+        self.came, self.since, self.runs = {}, {}, {}
+        self.crashed, self.unbegun, self.lost, self.beside = set(), set(), set(), set()
         super().__init__(terms)
+
+    def _submit(self, work):
+        self.came[work], self.since[work] = len(self.came), self.now
+        super()._submit(work)
 
     def _sample(self, version):
         if version == self._wake_version:
@@ -84,16 +158,33 @@ class Watched(Machine):
         grown = self.used - self.used_at_sample
         fast = grown >= max(MARGIN_SHARE * self.budget.limit, MARGIN_BYTES)
         assert fast or not self.terms.pause, "seen in time, and the kernel had to kill"
+        victim = max(self.fleet.children, key=self._has, default=None)
+        if victim is not None and victim.run is not None:
+            self.lost.add(victim.run)
         super()._kernel_kills()
 
-    def _give(self, work):
-        assert work in self.waiting
-        assert self.fleet.idle
-        for other in takewhile(lambda other: other is not work, self.waiting):
-            for_memory = self.room.excludes(other) or self.room.lacks(other) > 0
-            its_turn = self.supervisor._holds_up(other, self.now)
-            assert not (for_memory and its_turn), f"{work} has passed {other}"
-        super()._give(work)
+    def _gone(self, child, *arguments, **options):
+        if child.run in self.lost:
+            self.since[child.run.work] = self.now
+        super()._gone(child, *arguments, **options)
+
+    def _begin(self, child, work):
+        for other in self.waiting:
+            self.check_passed(work, other)
+        assert set(self.runs.get(work, ())) <= self.lost | self.unbegun, f"{work} runs again without need"
+        super()._begin(child, work)
+        self.runs.setdefault(work, []).append(child.run)
+
+    def check_passed(self, work, other):
+        """Whether a task may begin while another one waits."""
+        if work in self.runs or (other not in self.runs and self.came[other] > self.came[work]):
+            return
+        if not other.estimate.known and any(
+            run.name == other.name and not run.estimate.known for run in self.room.running
+        ):
+            return  # it waits for its like to tell what they need
+        patience = self.terms.others["patience"]
+        assert not is_its_turn(self.now - self.since[other], patience), f"{work} has passed {other}"
 
     def _retire(self, child):
         assert child.run is None, "a child was to go that runs a task"
@@ -101,10 +192,19 @@ class Watched(Machine):
         super()._retire(child)
 
     def _kill(self, work):
-        running = [child.run for child in self.fleet.children if child.state == "busy"]
-        assert work in [run.work for run in running], "a task was to be ended that does not run"
-        assert not any(run.going for run in running), "a task was ended while another one could go on"
+        running = {child.run.work: child.run for child in self.fleet.children if child.state == "busy"}
+        assert work in running, "a task was to be ended that does not run"
+        assert not any(run.going for run in running.values()), "a task was ended while another could go on"
+        self.lost.add(running[work])
         super()._kill(work)
+
+    def crash(self, child, *, begun=True):
+        if child.run is not None:
+            if begun:
+                self.crashed.add(child.run.work)
+            else:
+                self.unbegun.add(child.run)
+        super().crash(child, begun=begun)
 
     def check(self):
         """What holds after each event."""
@@ -112,24 +212,38 @@ class Watched(Machine):
         self.used_at_sample = min(self.used_at_sample, self.used)  # what has gone was free to be taken again
         busy = [child for child in fleet.children if child.run is not None]
         running = {child.run.work for child in busy}
-        assert set(room.running) == running, "memory is set aside for others than those that run"
+        assert room.running.keys() == running, "memory is set aside for others than those that run"
         assert room.pending == sum(room.running.values())
-        assert all(left >= 0 for left in room.running.values())
-        assert set(room.grown) <= running
+        assert min(room.running.values(), default=0) >= 0
+        assert room.grown.keys() <= running
+        assert self.pauses._runs.keys() <= running, "a task is remembered that has ended"
         for trial in self.supervisor._trials.values():
             assert trial.running
             assert trial.running <= running
-        assert {*self.supervisor._replaced, *self.supervisor._due} <= set(fleet.children)
+        assert self.supervisor._replaced.keys() | self.supervisor._due.keys() <= fleet.children.keys()
         for child in busy:
-            assert child.state in {"busy", "leaving"}
             if child.state == "busy":
                 assert child.run.going != self.pauses.is_paused(child.run.work)
-        assert set(self.pauses._runs) <= running, "a task is remembered that has ended"
+            else:
+                assert child.state == "leaving"
+        if len(busy) > 1:
+            self.beside.update(child.run for child in busy)
         backs_off = self.now < self.supervisor._not_before
         if running or not self.waiting or fleet.starting or fleet.leaving or backs_off:
             self.active_at = self.now
-        # The time until the next look at memory, and some more.
-        assert self.now - self.active_at < 2.5, "nothing runs, and nothing begins"
+        assert self.now - self.active_at < NOTHING_RUNS_SECONDS, "nothing runs, and nothing begins"
+
+    def check_ended(self, work):
+        """It has ended once, and has failed only if its child did, or if it has had all its tries."""
+        *before, last = self.runs[work]
+        assert set(before) <= self.lost | self.unbegun
+        if work.outcome == "done":
+            assert last not in self.lost | self.unbegun
+        else:
+            assert work.outcome == "failed", f"{work} was lost"
+            lost = len(self.lost.intersection(self.runs[work]))
+            tried = lost > self.terms.tries or last not in self.beside or not work.redeliverable
+            assert work in self.crashed or (last in self.lost and tried), f"{work} has failed without need"
 
 
 class Model(RuleBasedStateMachine):
@@ -146,12 +260,14 @@ class Model(RuleBasedStateMachine):
         rules=rules,
         pause=one_of([True, True, False]),
         min_children=one_of([0, 0, 1]),
+        stream=streams,
     )
-    def begin(self, machine, policy, rules, *, pause, min_children):
+    def begin(self, machine, policy, rules, *, pause, min_children, stream):
         if not self.honest:
             policy["min_children"] = min_children
         terms = Terms(**machine, pause=self.honest or pause, others={**policy, "rules": rules})
-        self.machine = Watched(terms)
+        self.machine, self.stream = Watched(terms), stream
+        self.most = self.machine._headroom()[1] - machine["child"]  # what one task can have
         if self.honest:
             self.machine.room.child_bytes = machine["child"]
 
@@ -161,21 +277,24 @@ class Model(RuleBasedStateMachine):
     def tasks_arrive(self, task, number):
         peak, kept, declared = task["peak"], task["kept"], task["declared"]
         if self.honest:
-            budget, terms = self.machine.budget.bytes, self.machine.terms
-            peak, kept, declared = min(peak, budget - terms.base - terms.child), 0, 1.0
-        first = int(task["first"] * peak)
-        rise = max(task["rise"] * task["seconds"], peak / FASTEST)
-        end = max(task["seconds"], rise)
+            peak, kept, declared = min(peak, self.most), 0, 1.0
         for _ in range(number):
             self.machine.arrive(
                 Work(
                     task["name"],
-                    [(0.0, 0), (first / FASTEST, first), (rise, peak), (end, peak), (end, int(kept * peak))],
+                    curve(task, peak, kept),
                     declared=None if declared is None else int(declared * peak),
                     redeliverable=task["redeliverable"],
                     hangs=task["hangs"],
                 )
             )
+        self.run(0.0)
+
+    @rule(stream=streams)
+    def small_tasks_keep_coming(self, stream):
+        """Each before the last one has ended."""
+        for number in range(20):
+            self.small_tasks_arrive(stream, self.machine.now + number * stream["seconds"] / 2)
         self.run(0.0)
 
     @rule(seconds=one_of([0.001, 0.01, 0.1, 1.0, 10.0]))
@@ -203,9 +322,11 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.machine.fleet.size > self.machine.fleet.starting)
     @rule(data=st.data())
     def a_child_ends_by_itself(self, data):
-        """It crashes, or what it runs was terminated."""
+        """It crashes, or what it runs was terminated; perhaps before it has begun what it was just given."""
         ready = [child for child in self.machine.fleet.children if child.state != "starting"]
-        self.crash(ready[data.draw(st.integers(0, len(ready) - 1))])
+        child = ready[data.draw(st.integers(0, len(ready) - 1))]
+        given_now = child.state == "busy" and child.run.at == self.machine.now and not child.run.progress
+        self.crash(child, begun=not given_now or data.draw(st.booleans()))
 
     @precondition(lambda self: not self.honest)
     @rule(share=one_of([0.0, 0.1, 0.5, 0.9]))
@@ -224,11 +345,15 @@ class Model(RuleBasedStateMachine):
 
     # -- what always holds
 
-    def crash(self, child):
-        if child.run is not None:
-            self.machine.crashed.add(child.run.work)
-        self.machine.crash(child)
+    def crash(self, child, *, begun=True):
+        self.machine.crash(child, begun=begun)
         self.machine.check()
+
+    def small_tasks_arrive(self, stream, at=None):
+        peak, seconds = stream["peak"], stream["seconds"]
+        points = [(0.0, 0), (seconds / 2, peak), (seconds, peak), (seconds, 0)]
+        for _ in range(stream["number"]):
+            self.machine.arrive(Work("small", points, declared=peak), at)
 
     def run(self, seconds):
         machine = self.machine
@@ -238,29 +363,62 @@ class Model(RuleBasedStateMachine):
             machine.check()
             assert machine.ended_by is None
             if self.honest:
-                assert machine.used <= machine.budget.bytes, "more is used than the budget"
+                assert machine.counts.peak <= machine.budget.bytes, "more is used than the budget"
         machine.now = until
+
+    def end_hanging(self):
+        for child in list(self.machine.fleet.children):
+            if child.state == "busy" and child.run.work.hangs:
+                self.crash(child)
 
     def teardown(self):
         """In the end, everything has ended."""
         if not hasattr(self, "machine"):
             return
         machine = self.machine
+        if self.honest:
+            self.let_all_begin()
         for _ in range(20 * (len(machine.works) + 10)):
             if machine.idle:
                 break
-            self.run(5.0)
-            for child in list(machine.fleet.children):
-                if child.state == "busy" and child.run.work.hangs:
-                    self.crash(child)
+            self.run(HANGING_SECONDS)
+            self.end_hanging()
         assert machine.idle, f"these never end: {[work for work in machine.works if not work.outcome]}"
         for work in machine.works:
-            assert work.runs == 1 + work.tries, "run again without need"
-            tried = work.alone or work.tries >= machine.terms.tries or not work.redeliverable
-            assert work.outcome == "done" or work in machine.crashed or tried
+            machine.check_ended(work)
         if self.honest:
             assert not machine.counts.killed
             assert not machine.counts.kernel_kills
+
+    def let_all_begin(self):
+        """Each task that waits gets its turn, although small ones keep coming.
+
+        That is, in the first of its turns in which all can end that runs by then, and all that came before
+        it can run, one after the other.
+        """
+        machine, stream = self.machine, self.stream
+        self.end_hanging()
+
+        def seconds(work):
+            return work.seconds + HANGING_SECONDS * work.hangs + NOTHING_RUNS_SECONDS
+
+        patience, until = machine.terms.others["patience"], {}
+        needed = NOTHING_RUNS_SECONDS + sum(map(seconds, machine.room.running))
+        needed += machine.supervisor.bound * (stream["seconds"] + NOTHING_RUNS_SECONDS)
+        for work in machine.waiting:
+            since = machine.since[work]
+            until[work] = since + turn_for(needed, machine.now - since, patience)
+            needed += seconds(work)
+        passed = 0.0
+        while any(work in until for work in machine.waiting):
+            self.small_tasks_arrive(stream)
+            self.run(stream["seconds"] / 2)
+            passed += stream["seconds"] / 2
+            if passed >= HANGING_SECONDS:
+                passed = 0.0
+                self.end_hanging()
+            for work, at in until.items():
+                assert work not in machine.waiting or machine.now <= at, f"{work} never gets its turn"
 
 
 class Honest(Model):
