@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from celery.utils.log import get_logger
 from kombu.asynchronous import Hub
 
-from memsafe_pool import recycle, supervisor, upstream, wire
+from memsafe_pool import events, recycle, upstream, wire
 from memsafe_pool.crew import Crew
 from memsafe_pool.errors import MemoryLimitExceeded
 from memsafe_pool.fleet import Child, Fleet, State
@@ -37,6 +37,7 @@ from memsafe_pool.prefetch import Prefetch
 from memsafe_pool.reservations import LITTLE_BYTES, after_loss
 from memsafe_pool.settings import mib
 from memsafe_pool.steward import Steward
+from memsafe_pool.supervisor import Supervisor
 from memsafe_pool.time_limits import TimeLimits
 
 if TYPE_CHECKING:
@@ -144,12 +145,12 @@ class Engine:
         self._first_runs = recycle.FirstRuns()
         self._victim: Child | None = None
         self._victim_left = float("-inf")
-        self.supervisor = supervisor.Supervisor(
+        self.supervisor = Supervisor(
             self.fleet, self.waiting, self.room, bound=bound, cores=memory.cores, rules=rules, **others
         )
         self.prefetch = Prefetch(self.waiting, self._drop)
-        self._events: deque[supervisor.Event] = deque()
-        self._actions: deque[supervisor.Action] = deque()
+        self._events: deque[events.Event] = deque()
+        self._actions: deque[events.Action] = deque()
         self._deciding = False
         self._share_budget()
 
@@ -192,7 +193,7 @@ class Engine:
             # The best guess until there is one: it imports what the worker has imported.
             self.steward.learn_start(account.worker)
         self.steward.announce(account.total, self.supervisor.bound)
-        self._decide(supervisor.Tick())
+        self._decide(events.Tick())
         self._check_closed()
 
     def close(self) -> None:
@@ -295,7 +296,7 @@ class Engine:
             self._begin(self.fleet.idle.pop(), job)
         else:
             self.waiting.append(job)
-            self._decide(supervisor.Waiting())
+            self._decide(events.Waiting())
 
     def _admit(self, job: Job) -> bool:
         """Whether a job that nobody waits before may begin at once; False means that it has to be decided."""
@@ -306,7 +307,7 @@ class Engine:
     def _give_again(self, job: Job) -> None:
         """Find another child for a job, before all others."""
         self.waiting.appendleft(job)
-        self._decide(supervisor.Waiting())
+        self._decide(events.Waiting())
 
     def _begin(self, child: Child, job: Job) -> None:
         """Give an admitted job to a child that has none, and is not in the stack of idle ones."""
@@ -318,7 +319,7 @@ class Engine:
                 self.crew.let_go(child)
                 return
             self._rest(child)
-            self._decide(supervisor.Waiting())
+            self._decide(events.Waiting())
             return
         child.job, job.child = job, child
         self.tasks += 1
@@ -501,7 +502,7 @@ class Engine:
         self.fleet.starting_children.discard(child)
         if self.state == upstream.RUN and not child.outdated:
             self._rest(child)
-            self._decide(supervisor.Up())
+            self._decide(events.Up())
         else:
             self.crew.let_go(child)
 
@@ -541,7 +542,7 @@ class Engine:
             or child.outdated
             or child.growth_bytes > recycle.LEAST_PRESSED_BYTES
         ):
-            self._decide(supervisor.Done(child))
+            self._decide(events.Done(child))
             if child.state is State.LEAVING:
                 return
         self.steward.resize_waiting()
@@ -551,7 +552,7 @@ class Engine:
             return
         self._rest(child)
         if self.waiting:
-            self._decide(supervisor.Waiting())
+            self._decide(events.Waiting())
 
     def _rest(self, child: Child) -> None:
         child.state = State.IDLE
@@ -567,7 +568,7 @@ class Engine:
             self.supervisor.ended(job)
             self._on_job_left(child, job, exitcode, by_kernel=by_kernel)
         # Memory was out, which says nothing of the app: it is tried again, but not at once.
-        self._decide(supervisor.Gone(failed, child.born, child, no_memory=failed and by_kernel))
+        self._decide(events.Gone(failed, child.born, child, no_memory=failed and by_kernel))
         self._check_closed()
 
     def on_hopeless(self, reason: str) -> None:
@@ -637,17 +638,17 @@ class Engine:
             job.resume(at)
             logger.info("%s goes on in %s", job, child)
         self._time_limits.watch(job)
-        self._decide(supervisor.Tick())
+        self._decide(events.Tick())
 
     def _look(self) -> None:
         """Look at memory, and decide what follows."""
         actions = self._actions
 
         def decide(look: Look) -> None:
-            actions.extend(self.supervisor.handle(supervisor.Looked(look), time.monotonic()))
+            actions.extend(self.supervisor.handle(events.Looked(look), time.monotonic()))
 
         def starting() -> int:
-            starts = sum(action.count for action in actions if isinstance(action, supervisor.Start))
+            starts = sum(action.count for action in actions if isinstance(action, events.Start))
             return self.fleet.starting + starts
 
         self.steward.look(decide, starting)
@@ -658,11 +659,11 @@ class Engine:
         if time.monotonic() - look.at > STALE_SECONDS:
             return  # if it is still so, that is said again
         # Also when the pool is to end: it would not.
-        for action in self.supervisor.handle(supervisor.Stuck(look), time.monotonic()):
+        for action in self.supervisor.handle(events.Stuck(look), time.monotonic()):
             match action:
-                case supervisor.Kill(task, reason):
+                case events.Kill(task, reason):
                     self._end_for_memory(cast("Job", task), reason)
-                case supervisor.Retire(child, reason):
+                case events.Retire(child, reason):
                     self._retire(cast("Child", child), reason)
 
     def _on_memory_limit(self, child: Child, job: Job, soft: bool, grown: int) -> None:
@@ -730,7 +731,7 @@ class Engine:
 
     # -- decisions
 
-    def _decide(self, event: supervisor.Event) -> None:
+    def _decide(self, event: events.Event) -> None:
         """Tell the supervisor, and do what it says; one event after the other."""
         if self.state != upstream.RUN:
             return  # nobody is started or retired any more: all leave
@@ -744,7 +745,7 @@ class Engine:
                 # What was decided is done before anything else is: it would be decided again.
                 if self._actions:
                     self._act(self._actions.popleft())
-                elif self.steward.shared and not looked and isinstance(self._events[0], supervisor.Waiting):
+                elif self.steward.shared and not looked and isinstance(self._events[0], events.Waiting):
                     self._look()  # others may have spent what was free
                     looked = True
                 else:
@@ -760,21 +761,21 @@ class Engine:
 
     def _retry(self) -> None:
         self._retry_entry = None
-        self._decide(supervisor.Waiting())
+        self._decide(events.Waiting())
 
-    def _act(self, action: supervisor.Action) -> None:
+    def _act(self, action: events.Action) -> None:
         match action:
-            case supervisor.Give(task):
+            case events.Give(task):
                 self._give(cast("Job", task))
-            case supervisor.Start(count):
+            case events.Start(count):
                 self._start(count)
-            case supervisor.Measure():
+            case events.Measure():
                 self._look()
-            case supervisor.Retire(child, reason):
+            case events.Retire(child, reason):
                 self._retire(cast("Child", child), reason)
-            case supervisor.Kill(task, reason):
+            case events.Kill(task, reason):
                 self._end_for_memory(cast("Job", task), reason)
-            case supervisor.StopWorker(reason):
+            case events.StopWorker(reason):
                 self.on_hopeless(reason)
 
     def _give(self, job: Job) -> None:
@@ -799,7 +800,7 @@ class Engine:
         for _ in range(count):
             if not self.crew.start(sender=self):
                 now = time.monotonic()
-                self._decide(supervisor.Gone(failed=True, born=now))
+                self._decide(events.Gone(failed=True, born=now))
                 return
 
     def _tick(self) -> None:
@@ -808,7 +809,7 @@ class Engine:
         self.crew.tick(now)
         if self.steward.tick(self.ledger, self.forkserver):
             self._share_budget()
-        self._decide(supervisor.Tick())
+        self._decide(events.Tick())
         self._check_closed()
         self._mailbox.failed = False  # all goes on as it should
 
@@ -819,7 +820,7 @@ class Engine:
     def _restart(self) -> None:
         if self.state == upstream.RUN:
             self.crew.renew()
-            self._decide(supervisor.Outdated())
+            self._decide(events.Outdated())
 
     def grow(self, count: int = 1) -> None:
         """Raise the upper bound of the number of children."""
@@ -837,7 +838,7 @@ class Engine:
                     self._semaphore.grow()
                 else:
                     self._semaphore.shrink()
-        self._decide(supervisor.Resized(bound))
+        self._decide(events.Resized(bound))
         self._share_budget()
 
     @property

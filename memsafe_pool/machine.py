@@ -20,10 +20,11 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any, cast
 
-from memsafe_pool import budget, recycle, supervisor
+from memsafe_pool import budget, events, recycle
 from memsafe_pool.pauses import Pauses, Sample
 from memsafe_pool.reservations import LITTLE_BYTES, UNKNOWN, Estimate, Reservations, after_loss
 from memsafe_pool.room import Look, Room, Seen
+from memsafe_pool.supervisor import Supervisor
 from memsafe_pool.watch import DOZE_SECONDS, STUCK_AGAIN_SECONDS
 
 __all__ = ["Counts", "Fleet", "Machine", "SimulatedChild", "Terms", "Work"]
@@ -301,14 +302,14 @@ class Machine:
         others = {"cores": terms.cores, **terms.others}
         rules = others.pop("rules", None) or recycle.Rules()
         self._auto_growth = rules.max_growth_bytes is None
-        self.supervisor = supervisor.Supervisor(
+        self.supervisor = Supervisor(
             self.fleet, self.waiting, self.room, bound=terms.bound, rules=rules, **others
         )
         self.pauses = Pauses(terms.cores, enabled=terms.pause)
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = count()
-        self._events: deque[supervisor.Event] = deque()
-        self._actions: deque[supervisor.Action] = deque()
+        self._events: deque[events.Event] = deque()
+        self._actions: deque[events.Action] = deque()
         self._deciding = self._retrying = False
         self._first_runs = recycle.FirstRuns()
         self._victim: SimulatedChild | None = None
@@ -347,11 +348,11 @@ class Machine:
         """Have all children replaced."""
         for child in self.fleet.children:
             child.outdated = True
-        self._decide(supervisor.Outdated())
+        self._decide(events.Outdated())
 
     def resize(self, bound: int) -> None:
         """Change the number of children."""
-        self._decide(supervisor.Resized(bound))
+        self._decide(events.Resized(bound))
         self._set_budget(self.budget)
 
     def run(self, until: float = float("inf"), *, steps: int | None = None) -> int:
@@ -456,7 +457,7 @@ class Machine:
             self._let_go(child)
             return
         self._rest(child)
-        self._decide(supervisor.Up())
+        self._decide(events.Up())
 
     def _rest(self, child: SimulatedChild) -> None:
         child.idle_since = self.now
@@ -492,7 +493,7 @@ class Machine:
                 self._finish(run.work, "failed")
             else:
                 self._on_memory_lost(run.work, grown)
-        self._decide(supervisor.Gone(failed, child.born, child, no_memory=failed and memory is not None))
+        self._decide(events.Gone(failed, child.born, child, no_memory=failed and memory is not None))
 
     # -- tasks
 
@@ -504,7 +505,7 @@ class Machine:
             self._begin(self.fleet.idle[-1], work)
         else:
             self.waiting.append(work)
-            self._decide(supervisor.Waiting())
+            self._decide(events.Waiting())
 
     def _size_up(self, work: Work) -> None:
         if work.declared is not None:
@@ -568,7 +569,7 @@ class Machine:
     def _next(self, child: SimulatedChild) -> None:
         grown = child.growth_bytes > recycle.LEAST_PRESSED_BYTES
         if self.supervisor.watches_tasks or child.outdated or grown:
-            self._decide(supervisor.Done(child))
+            self._decide(events.Done(child))
             if child.state == "leaving":
                 return
         self._resize_waiting()
@@ -577,7 +578,7 @@ class Machine:
             return
         self._rest(child)
         if self.waiting:
-            self._decide(supervisor.Waiting())
+            self._decide(events.Waiting())
 
     def _finish(self, work: Work, outcome: str) -> None:
         work.outcome, work.ended = outcome, self.now
@@ -598,7 +599,7 @@ class Machine:
 
     def _give_again(self, work: Work) -> None:
         self.waiting.appendleft(work)
-        self._decide(supervisor.Waiting())
+        self._decide(events.Waiting())
 
     # -- the engine's decisions
 
@@ -613,10 +614,10 @@ class Machine:
     def _tick(self) -> None:
         if self.limit != self.budget.limit:
             self._set_budget(budget.find(self.terms.budget, self.limit))
-        self._decide(supervisor.Tick())
+        self._decide(events.Tick())
         self._call_at(self.now + TICK_SECONDS, self._tick)
 
-    def _decide(self, event: supervisor.Event) -> None:
+    def _decide(self, event: events.Event) -> None:
         self._events.append(event)
         if self._deciding:
             return
@@ -637,21 +638,21 @@ class Machine:
 
     def _retry(self) -> None:
         self._retrying = False
-        self._decide(supervisor.Waiting())
+        self._decide(events.Waiting())
 
-    def _act(self, action: supervisor.Action) -> None:
+    def _act(self, action: events.Action) -> None:
         match action:
-            case supervisor.Give(task):
+            case events.Give(task):
                 self._give(cast("Work", task))
-            case supervisor.Start(number):
+            case events.Start(number):
                 self._start(number)
-            case supervisor.Measure():
+            case events.Measure():
                 self._measure()
-            case supervisor.Retire(child):
+            case events.Retire(child):
                 self._retire(cast("SimulatedChild", child))
-            case supervisor.Kill(task):
+            case events.Kill(task):
                 self._kill(cast("Work", task))
-            case supervisor.StopWorker(reason):
+            case events.StopWorker(reason):
                 self.ended_by = reason
 
     def _give(self, work: Work) -> None:
@@ -683,7 +684,7 @@ class Machine:
             if seen.grown > work.estimate.reserved:
                 self.learned.rise(work.name, work.label, seen.grown)
         self._resize_waiting()
-        self._actions.extend(self.supervisor.handle(supervisor.Looked(look), self.now))
+        self._actions.extend(self.supervisor.handle(events.Looked(look), self.now))
 
     # -- the watch
 
@@ -750,11 +751,11 @@ class Machine:
         stuck = decision.stuck and self.now - self._stuck_at > STUCK_AGAIN_SECONDS
         look = self._look() if stuck else None
         if changed:
-            self._decide(supervisor.Tick())
+            self._decide(events.Tick())
         if look is not None:
             self._stuck_at = self.now
             if self._victim is None:
-                self._decide(supervisor.Stuck(look))
+                self._decide(events.Stuck(look))
 
     def _signal(self, child: SimulatedChild, *, going: bool) -> None:
         run = child.run

@@ -21,6 +21,7 @@ PURE = [
     "arenas",
     "budget",
     "cgroups",
+    "events",
     "expense",
     "gauge",
     "glance",
@@ -46,7 +47,7 @@ PURE = [
 ]
 
 #: The modules that decide: they are told what is, and say what to do.
-DECIDING = ["budget", "pauses", "recycle", "reservations", "room", "supervisor"]
+DECIDING = ["budget", "events", "pauses", "recycle", "reservations", "room", "supervisor"]
 
 #: The worker's side; a child has none of it.
 WORKER_SIDE = {

@@ -9,16 +9,7 @@ from collections import deque
 
 import pytest
 
-from memsafe_pool.machine import Fleet, SimulatedChild, Work
-from memsafe_pool.recycle import Rules
-from memsafe_pool.reservations import Estimate
-from memsafe_pool.room import Look, Room, Seen
-from memsafe_pool.supervisor import (
-    AMPLE_BYTES,
-    BACKOFF_SECONDS,
-    MAX_FAILED_ROUNDS,
-    TRIAL_BYTES,
-    TRIAL_SECONDS,
+from memsafe_pool.events import (
     Done,
     Give,
     Gone,
@@ -31,10 +22,21 @@ from memsafe_pool.supervisor import (
     Start,
     StopWorker,
     Stuck,
-    Supervisor,
     Tick,
     Up,
     Waiting,
+)
+from memsafe_pool.machine import Fleet, SimulatedChild, Work
+from memsafe_pool.recycle import Rules
+from memsafe_pool.reservations import Estimate
+from memsafe_pool.room import Look, Room, Seen
+from memsafe_pool.supervisor import (
+    AMPLE_BYTES,
+    BACKOFF_SECONDS,
+    MAX_FAILED_ROUNDS,
+    TRIAL_BYTES,
+    TRIAL_SECONDS,
+    Supervisor,
 )
 
 MIB = 1 << 20
