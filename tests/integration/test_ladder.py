@@ -93,6 +93,21 @@ def test_nobody_knows_them(start_contained, tally):
     assert counters(worker) == NOTHING
 
 
+# Tasks that leak
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_tasks_that_leak(start_contained, tally, concurrency):
+    """Each keeps 2 MiB for ever, all of them four times what there is: grown children go in time."""
+    worker = start_contained(250, "hungry", concurrency=concurrency, loglevel="DEBUG")
+    count = 500
+    all_done(worker, [worker.call("hungry.keep", tally.path, number, 2) for number in range(count)])
+    assert tally.of("began") == tally.of("ended") == once(count)
+    assert counters(worker) == NOTHING
+    assert len({pid for _, _, pid, _ in tally.lines()}) > concurrency
+    worker.wait_for_log(r"Retiring .*: grown by \d+ MiB, at most \d+ MiB per child")
+
+
 # One that can not be done
 
 

@@ -87,10 +87,12 @@ def keyed(path, value, mib, seconds=0.1):
 
 
 @app.task
-def keep(mib):
-    """Grow by this much for good; the pid is the result."""
+def keep(path, value, mib):
+    """Grow by this much for good, and write when that begins and ends."""
+    write(path, "began", value, os.getpid(), time.monotonic())
     grow(kept, len(kept) + mib)
-    return os.getpid()
+    write(path, "ended", value, os.getpid(), time.monotonic())
+    return value
 
 
 class Steps:
