@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from billiard.exceptions import WorkerLostError
+from test_broker_loss import lose, start_behind
 
 from memsafe_pool import MemoryLimitExceeded
 
 pytestmark = pytest.mark.ours_only("other pools do not look at the limit")
 
 MIB = 1 << 20
+
+#: What the worker says when it starts.
+START = re.compile(
+    r"INFO/MainProcess\] Memory: limit (\d+) MiB \((.*)\), budget (\d+) MiB; the worker has (\d+) MiB, "
+    r"a child about (\d+) MiB: room for (\d+) child(?:ren)? at once, -c is (\d+)\.\n"
+)
 
 
 @pytest.fixture
@@ -25,6 +34,56 @@ def worker(cgroup, start_worker, start_method):
 
 def memory(worker):
     return worker.stats()["pool"]["memsafe"]["memory"]
+
+
+def test_it_says_what_there_is_when_it_starts(worker, cgroup):
+    """One line has the limit and its file, the budget, what the worker has, and how many children fit."""
+    limit, file, budget, own, child, count, concurrency = worker.wait_for_log(START.pattern).groups()
+    assert file.startswith(str(cgroup.folder))
+    assert list(map(int, (limit, budget, concurrency))) == [600, 540, 2]
+    assert int(child) == memory(worker)["child"] // MIB
+    assert 0 < int(own) < 540
+    assert 0 < int(count) <= 540 // int(child)
+    worker.run("proj.pid")
+    assert len(START.findall(worker.log())) == 1
+    assert "memsafe_memory_budget" not in worker.log()
+
+
+def test_it_says_so_once(cgroup, start_worker, redis, open_proxy):
+    """Also when it connects to the broker a second time, and begins its event loop anew."""
+    proxy = open_proxy(redis)
+    worker = start_behind(start_worker, proxy, redis, prepare=cgroup.hold)
+    lose(worker, proxy.cut)
+    proxy.restore()
+    worker.wait_for_log("Connected to", count=2)
+    assert worker.run("proj.add", 1, 2) == 3
+    assert len(START.findall(worker.log())) == 1
+
+
+def budget_warning(setting, limit, used):
+    return (
+        f"WARNING/MainProcess] memsafe_memory_budget is {setting} MiB, but the memory limit is {limit} MiB: "
+        f"{used} MiB are used as the budget.\n"
+    )
+
+
+def test_a_budget_above_the_limit(start_contained):
+    """It is a warning at the start, which says what is used instead; that is used."""
+    worker = start_contained(600, config={"memsafe_memory_budget": "1GiB"})
+    assert worker.wait_for_log(START.pattern)[3] == "540"
+    worker.wait_for_log(re.escape(budget_warning(1024, 600, 540)))
+    assert memory(worker)["budget"] == 540 * MIB
+    assert worker.log().count("memsafe_memory_budget") == 1
+
+
+def test_a_limit_that_falls_below_the_budget(start_contained, cgroup):
+    """It is a warning then, and not before."""
+    worker = start_contained(cgroup, config={"memsafe_memory_budget": "500MiB"})
+    assert memory(worker)["budget"] == 500 * MIB
+    assert "memsafe_memory_budget" not in worker.log()
+    cgroup.limit(400 * MIB)
+    worker.wait_for_log(re.escape(budget_warning(500, 400, 360)))
+    assert memory(worker)["budget"] == 360 * MIB
 
 
 def test_a_limit_that_is_changed_is_followed(worker, cgroup):
