@@ -60,6 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line(
             "filterwarnings", "ignore:Call to .*(setex|get_connection):DeprecationWarning"
         )
+        # A connection to the result backend may be left to the collector; what stays open is looked for anyway.
+        config.addinivalue_line("filterwarnings", "ignore:unclosed <socket:ResourceWarning")
+        config.addinivalue_line(
+            "filterwarnings", "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+        )
     if config.getoption("dist", "no") == "load":
         # Tests that share a worker stay together; see pytest_collection_modifyitems.
         config.option.dist = "loadgroup"

@@ -68,6 +68,7 @@ def test_a_result_that_cannot_be_encoded_fails_its_task(worker):
     assert worker.run("proj.add", 1, 1) == 2
 
 
+@pytest.mark.needs_celery("5.7")
 def test_a_result_nobody_wants_need_not_be_encoded(worker):
     """With ``ignore_result`` a task may return anything: it does not leave the child."""
     mark = worker.folder / "ran"
