@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line(
             "filterwarnings", "ignore:Call to .*(setex|get_connection):DeprecationWarning"
         )
-        # A connection to the result backend may be left to the collector; what stays open is looked for anyway.
+        # A connection to the result backend may be left to the collector; what stays open is found anyway.
         config.addinivalue_line("filterwarnings", "ignore:unclosed <socket:ResourceWarning")
         config.addinivalue_line(
             "filterwarnings", "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
