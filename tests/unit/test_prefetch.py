@@ -1,13 +1,35 @@
-"""When the prefetch is bounded, when tasks go back, and what Celery's loop is made to tell the broker."""
+"""When the prefetch is bounded, when tasks go back, and what Celery's loop is made to tell the broker.
+
+At the end stands a model of a worker with its broker: whatever comes, in whatever order, some things always
+hold. ``make check-model PYTEST_ARGS=tests/unit/test_prefetch.py`` tries more of it.
+"""
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
-from kombu.common import QoS
+import itertools
+import math
+import os
+from collections import deque
+from heapq import heappop
+from types import SimpleNamespace
 
-from memsafe_pool import upstream
+import pytest
+from celery import Celery
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from kombu.asynchronous.semaphore import LaxBoundedSemaphore
+from kombu.asynchronous.timer import Timer
+from kombu.common import QoS
+from kombu.transport import virtual
+
+from memsafe_pool import prefetch, upstream
+from memsafe_pool.job import Job
 from memsafe_pool.prefetch import GIVE_BACK_SECONDS, RELEASE_SECONDS, Hold, Prefetch, _FollowingQoS
+
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "240"))
 
 # Times
 
@@ -100,3 +122,607 @@ def test_only_requests_are_requests():
     assert upstream.request_of(None) is None
     assert upstream.request_of(print) is None
     assert upstream.request_of([].append) is None
+
+
+# Whatever comes
+
+app = Celery("prefetched", set_as_current=False)
+
+
+@app.task(name="early", shared=False)
+def early():
+    pass
+
+
+@app.task(name="late", shared=False, acks_late=True)
+def late():
+    pass
+
+
+numbers = itertools.count()
+
+#: Seconds between two looks while a task waits for memory; every tenth is the engine's tick.
+RETRY_SECONDS, TICK_SECONDS = 0.1, 1.0
+
+
+class Task:
+    """One task: how often it has begun, and how often it may."""
+
+    def __init__(self, *, late, waits):
+        self.id = str(next(numbers))
+        self.late, self.waits = late, waits
+        self.begun, self.may_begin = 0, 1
+        self.revoked = self.done = False
+
+    def __repr__(self):
+        return f"<Task {self.id}>"
+
+
+class Message:
+    """One delivery of a task, as far as ``Request`` and ``upstream`` read it."""
+
+    content_type = content_encoding = properties = delivery_info = None
+    body = ((), {}, {})
+
+    def __init__(self, task, channel):
+        self.task, self.channel, self.delivery_tag = task, channel, next(numbers)
+        self.headers = {"id": task.id, "task": "late" if task.late else "early"}
+        self.received = self.begun = self.given = False
+
+
+class Channel:
+    """A connection to RabbitMQ, which sends as many as it was told."""
+
+    driver_type = "amqp"
+
+    def __init__(self, worker, told):
+        self.worker, self.told = worker, told
+        self.sent, self.coming = {}, deque()
+        self.closed = False
+
+    def tell(self, prefetch_count):
+        self.worker.check_told(prefetch_count)
+        self.told = prefetch_count
+
+    @property
+    def unacknowledged(self):
+        return list(self.sent.values())
+
+    def turn(self, *, answered):
+        """What was sent is read, and more is sent."""
+        while self.coming:
+            self.worker.receive(self.coming.popleft())
+        while self.worker.queue and (not self.told or len(self.sent) < self.told):
+            message = Message(self.worker.queue.popleft(), self)
+            self.sent[message.delivery_tag] = message
+            self.coming.append(message)
+
+    def acknowledge(self, message):
+        if not self.closed:
+            del self.sent[message.delivery_tag]
+
+    def reject(self, message):
+        self.worker.check_given_back(message)
+        self.worker.queue.appendleft(self.sent.pop(message.delivery_tag).task)
+
+
+class RedisQoS(virtual.QoS):
+    """What kombu knows of the messages it has fetched from Redis."""
+
+    restore_at_shutdown = False
+
+    def restore_by_tag(self, tag):
+        message = self.get(tag)
+        message.channel.worker.check_given_back(message)
+        message.channel.worker.queue.appendleft(message.task)
+
+
+class RedisChannel(Channel):
+    """A connection to Redis, which is asked for one after the other, as long as there may be more."""
+
+    driver_type = "redis"
+
+    def __init__(self, worker, told):
+        self.qos, self._in_poll = RedisQoS(self), False
+        super().__init__(worker, told)
+
+    @property
+    def told(self):
+        return self.qos.prefetch_count
+
+    @told.setter
+    def told(self, count):
+        self.qos.prefetch_count = count
+
+    @property
+    def unacknowledged(self):
+        self.qos._flush()
+        return list(self.qos._delivered.values())
+
+    def turn(self, *, answered):
+        """An answer comes when there is a task, or with nothing when the time is over."""
+        self._in_poll = self._in_poll or self.qos.can_consume()
+        if self._in_poll and (self.worker.queue or answered):
+            self._in_poll = False
+            if self.worker.queue:
+                message = Message(self.worker.queue.popleft(), self)
+                self.qos.append(message, message.delivery_tag)
+                self.worker.receive(message)
+
+    def acknowledge(self, message):
+        if not self.closed:
+            self.qos.ack(message.delivery_tag)
+
+    def reject(self, message):
+        raise AssertionError("kombu's own way puts it to the end of the queue")
+
+
+class Worker:
+    """Celery's consumer, and the engine, as far as they have to do with the prefetch.
+
+    Requests, semaphore, timer and counts are Celery's own; so it is the real ``upstream`` that reads them.
+
+    Attributes:
+        queue: The tasks that the broker has, the next one first.
+        waiting: Jobs in the pool that no child has.
+        given: Jobs that a child has.
+        children: How many there can be, at most as many as the concurrency.
+        short: Whether there is no memory for the first one that waits.
+        blocked: Whether the prefetch was told so last.
+        blocked_since, blocked_last: Since when it is told so, and when it was told so last.
+        followed: When it was told anything last.
+        kept: What was kept here at that time.
+        gave: Messages that went back.
+    """
+
+    hub = object()
+    app = app
+
+    def __init__(self, make_channel, concurrency, multiplier, *, semaphore):
+        self.make_channel, self.concurrency, self.multiplier = make_channel, concurrency, multiplier
+        self.children = concurrency
+        self.now = 1000.0
+        self.tasks, self.queue = [], deque()
+        self.waiting, self.given = deque(), []
+        self.short = self.blocked = False
+        self.blocked_since, self.blocked_last, self.followed = math.inf, -math.inf, self.now
+        self.kept = []
+        self.gave = []
+        self.controller = SimpleNamespace(semaphore=LaxBoundedSemaphore(concurrency) if semaphore else None)
+        self.prefetch = Prefetch(self.waiting, self.drop)
+        self.connect(concurrency * multiplier)
+
+    # -- the consumer
+
+    def connect(self, count):
+        self.channel = self.make_channel(self, count)
+        self.task_consumer = SimpleNamespace(channel=self.channel)
+        self.connection = SimpleNamespace(transport=self.channel)
+        self.timer = Timer()
+        self.qos = QoS(self.channel.tell, count)
+        self.prefetch.attach(self)
+        assert not self.prefetch.obstacle
+        if self.blocked:
+            assert 1 <= self.channel.told <= len(self.find_kept()) + 1
+        self.channel.turn(answered=False)  # before the loop begins
+
+    def lose_connection(self):
+        """What was not acknowledged is in the queue again, and Celery forgets what has not begun."""
+        self.prefetch.detach()
+        lost = [message.task for message in self.channel.unacknowledged]
+        self.channel.closed = True
+        self.queue.extendleft(reversed(lost))
+        for task in lost:
+            task.may_begin += 1
+        if self.controller.semaphore is not None:
+            self.controller.semaphore.clear()
+        worker_state.reserved_requests.clear()
+        worker_state.reserved_requests.update(tuple(worker_state.active_requests))
+        getattr(worker_state, "scheduled_requests", set()).clear()
+
+    def flush(self):
+        """Jobs go that wait, and came by a connection that is lost."""
+        for job in list(self.waiting):
+            if job.request is not None and job.request.message.channel.closed:
+                self.waiting.remove(job)
+        self.follow()
+
+    def turn(self, *, answered=True):
+        """One round of Celery's loop."""
+        if self.qos.prev != self.qos.value:
+            self.qos.update()
+        self.check_told_enough()
+        self.channel.turn(answered=answered)
+
+    def receive(self, message):
+        channel, task = message.channel, message.task
+        message.received = True
+        request = Request(
+            message,
+            on_ack=lambda *_: channel.acknowledge(message),
+            on_reject=lambda *_: channel.reject(message),
+            app=app,
+            hostname="worker",
+            body=message.body,
+            decoded=True,
+        )
+        if not task.waits:
+            self.reserve(request)
+            return
+        self.qos.increment_eventually()
+        self.timer.call_at(next(numbers), self.apply_eta_task, (request,))  # one after the other
+        if hasattr(worker_state, "task_scheduled"):  # Celery 5.7
+            worker_state.task_scheduled(request)
+
+    def apply_eta_task(self, request):
+        request.message.task.waits = False
+        self.reserve(request)
+        self.qos.decrement_eventually()
+
+    def reserve(self, request):
+        worker_state.task_reserved(request)
+        if self.controller.semaphore is None:
+            self.apply(request)
+        else:
+            self.controller.semaphore.acquire(self.apply, request)
+
+    def apply(self, request):
+        if upstream.is_revoked(request.id):
+            self.release()
+            self.settle(request)
+            return
+        job = Job(print, (), {}, on_error=request.on_failure, on_accept=request.on_accepted)
+        assert job.request is request
+        self.waiting.append(job)
+        self.follow()
+
+    def release(self):
+        if self.controller.semaphore is not None:
+            self.controller.semaphore.release()
+
+    def settle(self, request):
+        """A task has ended."""
+        request.message.task.done = True
+        worker_state.task_ready(request)
+        request.acknowledge()
+
+    # -- the engine
+
+    def follow(self):
+        """Give children what there is room for, and tell whether there is none."""
+        while self.waiting and not self.short and len(self.given) < min(self.children, self.concurrency):
+            self.give(self.waiting[0])
+        self.blocked = self.short and bool(self.waiting)
+        self.followed = self.now
+        if self.blocked:
+            self.blocked_since, self.blocked_last = min(self.blocked_since, self.now), self.now
+        else:
+            self.blocked_since = math.inf
+        before, count = self.requests(), len(self.gave)
+        self.prefetch.follow(blocked=self.blocked)
+        self.kept = self.find_kept()
+        if len(self.gave) > count:
+            self.check_order(before, self.gave[count:])
+
+    def requests(self):
+        """The requests that wait, the one to run next first; None for what is no task of Celery's."""
+        semaphore = self.controller.semaphore
+        queued = [] if semaphore is None else [args[0] for _, args, _ in semaphore._waiting]
+        return [job.request for job in self.waiting] + queued
+
+    def drop(self, job):
+        self.waiting.remove(job)
+        self.release()
+
+    def give(self, job):
+        self.waiting.remove(job)
+        if job.request is not None and upstream.is_revoked(job.request.id):
+            self.release()
+            self.settle(job.request)
+            return
+        self.given.append(job)
+        if job.request is not None:
+            job.request.message.given = True
+
+    def accept(self, job):
+        """A child says that it begins."""
+        if job.accepted_at is not None:
+            return
+        job.accept(1, self.now)
+        if job.request is not None:
+            message = job.request.message
+            message.begun = True
+            message.task.begun += 1
+            assert message.task.begun <= message.task.may_begin, "it runs again without need"
+
+    def end(self, job):
+        """First the next one begins, and then this one is settled."""
+        self.accept(job)
+        self.given.remove(job)
+        self.follow()
+        self.release()
+        if job.request is not None:
+            self.settle(job.request)
+
+    def give_again(self, job):
+        """The child has ended, and the task is to be run by another one."""
+        self.given.remove(job)
+        request = job.request
+        if request is not None:
+            request.message.given = False
+        if job.accepted_at is not None:
+            if request.message.channel.closed:
+                self.release()
+                upstream.leave_to_broker(request)
+                return
+            request.message.task.may_begin += 1
+            job.memory_tries += 1
+            job.withdraw()
+        self.waiting.appendleft(job)
+        self.follow()
+
+    # -- what always holds
+
+    def find_kept(self):
+        """What the broker has sent that neither waits here nor will be acknowledged in a moment."""
+        return [
+            message
+            for message in self.channel.unacknowledged
+            if message.received and (message.task.waits or (message.task.late and message.given))
+        ]
+
+    @property
+    def held(self):
+        """Whether the number is not Celery's own: as long as it is blocked, and for a while after that."""
+        return self.followed - self.blocked_last < RELEASE_SECONDS
+
+    def check_told(self, count):
+        """When the broker is told."""
+        own = self.qos.value
+        if count:
+            assert count >= 1
+            assert count <= (own or math.inf), "more than Celery's own"
+        else:
+            assert not own, "no limit, and Celery has one"
+        if self.blocked:
+            assert 1 <= count <= len(self.find_kept()) + 1, "more than are kept here, and one"
+        if upstream.is_fetching(self) and self.held:
+            assert not count or len(self.channel.unacknowledged) < count, "the answer will stay in the socket"
+
+    def check_told_enough(self):
+        """In each round of the loop, when it has had its time."""
+        told, own = self.channel.told or math.inf, self.qos.value or math.inf
+        assert self.prefetch.count == self.channel.told
+        if upstream.is_fetching(self):
+            return
+        assert told <= own
+        late = self.now - self.blocked_last >= RELEASE_SECONDS + 2 * TICK_SECONDS
+        if late or not self.held:
+            assert told == own, "Celery's own number does not hold again"
+        kept, sent = self.find_kept(), self.channel.unacknowledged
+        if self.blocked:
+            assert told <= max(len(self.kept), len(kept)) + 1
+        moments = any(not message.received or not message.task.late for message in sent)
+        if told < own and kept == self.kept and not moments and not self.requests():
+            assert len(sent) < told, "there is nothing to try, and nothing will come"
+
+    def check_given_back(self, message):
+        """When a task goes back."""
+        assert not message.begun, "a task went back that had begun"
+        assert not message.task.revoked, "a task went back that was revoked"
+        assert message.channel is self.channel
+        assert not self.channel.closed
+        assert 1 <= self.channel.told <= len(self.find_kept()) + 1, "it will come again at once"
+        assert self.now - self.blocked_since >= GIVE_BACK_SECONDS, "a task went back after a moment"
+        self.gave.append(message)
+
+    def check_order(self, before, gave):
+        """The oldest stays; the others are in their order in front of all, and no slot was lost."""
+        messages = [request.message for request in before if request is not None]
+        assert before[0] is None or before[0].message not in gave
+        assert [message.task for message in messages if message in gave] == list(
+            itertools.islice(self.queue, len(gave))
+        )
+        assert not any(request.message in gave for request in worker_state.reserved_requests)
+        semaphore = self.controller.semaphore
+        assert semaphore is None or not semaphore._waiting or not semaphore.value
+
+    def can_go(self):
+        """Requests that wait, and have no reason to stay; one of them stays all the same if it is first."""
+        withdrawn = {id(job.request) for job in self.waiting if job.memory_tries}
+        return [
+            request
+            for request in self.requests()[1:]
+            if request is not None
+            and id(request) not in withdrawn
+            and not request.message.task.revoked
+            and not request.message.channel.closed
+        ]
+
+
+class Model(RuleBasedStateMachine):
+    """Drives the worker through whatever can happen."""
+
+    @initialize(
+        channel=st.sampled_from([Channel, RedisChannel]),
+        concurrency=st.sampled_from([1, 2, 4]),
+        multiplier=st.sampled_from([4, 1, 2, 0]),
+        semaphore=st.booleans(),
+        at_once=st.sampled_from([100, 3]),
+    )
+    def begin(self, channel, concurrency, multiplier, *, semaphore, at_once):
+        worker = self.worker = Worker(channel, concurrency, multiplier, semaphore=semaphore)
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(prefetch, "time", SimpleNamespace(monotonic=lambda: worker.now))
+        self.patch.setattr(prefetch, "GIVE_BACK_TASKS", at_once)
+        self.pass_time(RETRY_SECONDS)
+
+    # -- what can happen
+
+    @rule(late=st.booleans(), waits=st.sampled_from([False] * 4 + [True]), number=st.integers(1, 8))
+    def tasks_are_sent(self, late, waits, number):
+        for _ in range(number):
+            task = Task(late=late, waits=waits)
+            self.worker.tasks.append(task)
+            self.worker.queue.append(task)
+        self.worker.turn()
+
+    @rule(short=st.booleans())
+    def memory_is_short(self, short):
+        """Or is not any more."""
+        self.worker.short = short
+        self.worker.follow()
+
+    @rule(children=st.sampled_from([0, 1, 10]))
+    def there_can_be(self, children):
+        """Tasks wait in the pool then, although there is memory."""
+        self.worker.children = children
+        self.worker.follow()
+
+    @rule(seconds=st.sampled_from([0.1, 0.3, 0.5, 1.0, 5.0]))
+    def time_passes(self, seconds):
+        self.pass_time(seconds)
+
+    @rule(times=st.integers(1, 10), answered=st.booleans())
+    def the_loop_turns(self, times, answered):
+        for _ in range(times):
+            self.worker.turn(answered=answered)
+
+    @precondition(lambda self: self.worker.given)
+    @rule(data=st.data(), what=st.sampled_from(["begins", "ends", "was not begun"]))
+    def a_task_that_was_given(self, data, what):
+        """It begins, ends, or its child has ended before it began."""
+        worker = self.worker
+        job = data.draw(st.sampled_from(worker.given))
+        if what == "begins":
+            worker.accept(job)
+        elif what == "ends":
+            worker.end(job)
+        elif job.accepted_at is None:
+            worker.give_again(job)
+
+    @precondition(lambda self: len(self.worker.waiting) > 1)
+    @rule(data=st.data())
+    def a_task_passes_the_first(self, data):
+        """There is no room for the first one, but for this one."""
+        worker = self.worker
+        job = data.draw(st.sampled_from(list(worker.waiting)[1:]))
+        worker.give(job)
+        worker.follow()
+
+    @precondition(lambda self: len(self.worker.timer))
+    @rule()
+    def the_time_of_a_task_comes(self):
+        heappop(self.worker.timer._queue).entry()
+
+    @precondition(lambda self: any(self.worker.requests()))
+    @rule(data=st.data())
+    def a_task_is_revoked(self, data):
+        request = data.draw(st.sampled_from([request for request in self.worker.requests() if request]))
+        if not request.message.begun:
+            request.message.task.revoked = True
+            worker_state.revoked.add(request.id)
+
+    @rule()
+    def another_call_waits(self):
+        """One that is none of Celery's tasks."""
+        self.worker.waiting.append(Job(print, (), {}))
+        self.worker.follow()
+
+    @rule(by=st.sampled_from([1, 2, -1]))
+    def the_pool_is_resized(self, by):
+        worker = self.worker
+        if worker.concurrency + by < 1:
+            return
+        worker.concurrency += by
+        semaphore, change = worker.controller.semaphore, abs(by) * worker.multiplier
+        if by > 0:
+            if semaphore is not None:
+                semaphore.grow(by)
+            worker.qos.increment_eventually(change)
+        else:
+            if semaphore is not None:
+                semaphore.shrink(-by)
+            worker.qos.decrement_eventually(change)
+        worker.follow()
+
+    @rule(flushed=st.booleans(), seconds=st.sampled_from([0.1, 2.0]), lower=st.booleans())
+    def the_connection_is_lost(self, flushed, seconds, lower):
+        """Celery may begin with a lower number then, and raise it when tasks end."""
+        worker = self.worker
+        worker.lose_connection()
+        if flushed:
+            worker.flush()
+        for _ in range(round(seconds / RETRY_SECONDS)):
+            worker.now += RETRY_SECONDS
+            worker.follow()
+        worker.connect(worker.multiplier if lower else worker.concurrency * worker.multiplier)
+
+    @rule()
+    def the_pool_is_flushed(self):
+        """Which it is told when the connection is lost, and does in its own time."""
+        self.worker.flush()
+
+    @precondition(lambda self: self.worker.given)
+    @rule()
+    def memory_runs_out(self):
+        """Of what children have, all that may be run again is, when there is memory again."""
+        self.worker.short = True
+        for job in list(self.worker.given):
+            if job.redeliverable:
+                self.worker.accept(job)
+                self.worker.give_again(job)
+
+    @precondition(lambda self: 0 < self.worker.qos.value < self.worker.concurrency * self.worker.multiplier)
+    @rule()
+    def celery_raises_its_number(self):
+        """At once, not in the next round of its loop."""
+        worker = self.worker
+        worker.qos.value += worker.multiplier
+        worker.qos.set(worker.qos.value)
+
+    # -- what always holds
+
+    def pass_time(self, seconds):
+        worker = self.worker
+        for _ in range(round(seconds / RETRY_SECONDS)):
+            worker.now += RETRY_SECONDS
+            ticks = worker.now % TICK_SECONDS < RETRY_SECONDS
+            if worker.blocked or ticks:
+                worker.follow()
+            worker.turn(answered=ticks)
+            worker.turn(answered=False)
+            if worker.now - worker.blocked_since >= GIVE_BACK_SECONDS + 4 * TICK_SECONDS:
+                assert not worker.can_go(), "tasks are kept from others"
+
+    def teardown(self):
+        """In the end, all have run, and Celery's own number holds."""
+        if not hasattr(self, "worker"):
+            return
+        worker = self.worker
+        try:
+            worker.flush()
+            worker.short, worker.children = False, worker.concurrency
+            for _ in range(2000):
+                while len(worker.timer):
+                    self.the_time_of_a_task_comes()
+                self.pass_time(RETRY_SECONDS)
+                for job in list(worker.given):
+                    worker.end(job)
+                if not (worker.queue or worker.channel.unacknowledged or worker.given or worker.waiting):
+                    break
+            assert all(task.done for task in worker.tasks), "a task was lost"
+            assert not worker.queue
+            assert not worker.channel.unacknowledged
+            self.pass_time(RELEASE_SECONDS + 3 * TICK_SECONDS)
+            assert worker.channel.told == worker.qos.value
+            assert worker.prefetch.given_back == len(worker.gave)
+        finally:
+            self.patch.undo()
+            for task in worker.tasks:
+                worker_state.revoked.discard(task.id)
+            worker_state.reset_state()
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=EXAMPLES, stateful_step_count=30, report_multiple_bugs=False)
