@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from memsafe_pool.pauses import MARGIN_BYTES, MARGIN_SHARE
-
 __all__ = ["Budget", "find", "margin"]
 
 _MIB = 1 << 20
@@ -52,15 +50,13 @@ class Budget:
 
     @property
     def ceiling(self) -> int:
-        """What must not be reached: the limit; above a size, as much more as pauses keep free below it.
-
-        So tasks are paused where all of the size is used, and not before.
-        """
+        """What must not be reached: the limit, or the one for which ``auto`` would come to the same bytes."""
         if self.auto:
             return self.limit
-        return min(
-            self.limit, self.bytes + max(int(self.bytes * MARGIN_SHARE / (1 - MARGIN_SHARE)), MARGIN_BYTES)
+        above = max(
+            self.bytes // (FREE_PART - 1), min(LEAST_MARGIN_BYTES, self.bytes // (MOST_FREE_PART - 1))
         )
+        return min(self.limit, self.bytes + above)
 
     def left(self, headroom: int, own: Callable[[], int]) -> tuple[int, int]:
         """Return the bytes that are left until the ceiling, and until what may be used.

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 from memsafe_pool.reservations import Estimate, pending
 
-__all__ = ["MARGIN_BYTES", "MARGIN_SHARE", "Decision", "Pauses", "Sample"]
+__all__ = ["Decision", "Pauses", "Sample"]
 
 _MIB = 1 << 20
 

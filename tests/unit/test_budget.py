@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsafe_pool.budget import LEAST_MARGIN_BYTES, find, margin
-from memsafe_pool.pauses import MARGIN_BYTES, MARGIN_SHARE
 from memsafe_pool.settings import SettingError, load
 
 LIMITS = st.integers(1, 1 << 50)
@@ -63,14 +62,22 @@ def test_a_size_that_is_not_below_the_limit(size):
     )
 
 
-@pytest.mark.parametrize(("setting", "within"), [(0.9, 900), (0.95, 950), (900 * MB, 900), (200 * MB, 200)])
-def test_all_of_a_size_may_be_used(setting, within):
-    """What is admitted comes that far; the ceiling for what is paused is where that stops there, too."""
+@pytest.mark.parametrize(
+    ("setting", "within", "ceiling"),
+    [(0.9, 900, 1000), (0.95, 950, 1000), (900 * MB, 900, 1000), (450 * MB, 450, 500), (200 * MB, 200, 232)],
+)
+def test_all_of_a_size_may_be_used(setting, within, ceiling):
+    """What is admitted comes that far; what is paused, as far beyond it as with ``auto``."""
     found = find(setting, 1000 * MB)
-    left, admissible = found.left(1000 * MB, lambda: 0)
-    assert admissible == within * MB
-    pauses_keep = max(MARGIN_SHARE * found.ceiling, MARGIN_BYTES)
-    assert left - pauses_keep == pytest.approx(min(within * MB, 970 * MB), abs=1)
+    assert found.left(1000 * MB, lambda: 0) == (ceiling * MB, within * MB)
+    assert found.ceiling == ceiling * MB
+
+
+@given(limit=st.integers(1 << 20, 1 << 50))
+def test_auto_as_a_size(limit):
+    """Whoever sets what ``auto`` comes to gets the same ceiling, but for roundings."""
+    auto = find("auto", limit)
+    assert limit - 20 <= find(auto.bytes, limit).ceiling <= limit
 
 
 def test_what_others_use_counts_for_a_size():
