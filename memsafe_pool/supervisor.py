@@ -196,6 +196,7 @@ class Supervisor:
         self._due: dict[Child, str] = {}
         self._any_up = False
         self._looked_at = float("-inf")
+        self._has_to_look = False
         self._stuck_since: float | None = None
         self._gave_up_at = float("-inf")
         self._failed_rounds = 0
@@ -303,8 +304,12 @@ class Supervisor:
             return tries < first
         if any(room.grown.get(other, 0) > TRIAL_BYTES for other in trial.running):
             return False
+        running = len(trial.running) + tries
         doublings = min(int((now - trial.began) / TRIAL_SECONDS), 16)
-        return len(trial.running) + tries < first << doublings
+        if first <= running < first << doublings and now - self._looked_at > FRESH_SECONDS:
+            self._has_to_look = True  # they may have grown since
+            return False
+        return running < first << doublings
 
     def _assign(self, now: float) -> list[Action]:
         """Find out what can begin, and which children have to be started for it."""
@@ -313,6 +318,7 @@ class Supervisor:
         actions: list[Action] = []
         plan = _Plan()
         blocked: Task | None = None
+        self._has_to_look = False
         for task in islice(self.queue, SCANNED):
             needs_start = not idle and not coming
             if needs_start and plan.starts >= startable:
@@ -339,7 +345,7 @@ class Supervisor:
         self._yields = (
             blocked is not None and now - blocked.since > self.patience and not self._holds_up(blocked, now)
         )
-        relief = self._relieve(idle, now)
+        relief: list[Action] = [Measure()] if self._has_to_look else self._relieve(idle, now)
         if relief == [Measure()]:
             return actions + relief  # what is to be started will be known with what is seen then
         actions += relief

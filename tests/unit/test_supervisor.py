@@ -596,6 +596,19 @@ def test_unknown_tasks_begin_slowly_where_memory_is_scarce():
     assert len(pool.running) == 4
 
 
+@pytest.mark.parametrize("grown", [0, 2 * TRIAL_BYTES // MIB])
+def test_unknown_tasks_are_looked_at_before_more_of_them_begin(grown):
+    """What they have taken since the last look counts, also where nobody has looked of late."""
+    pool = Pool(bound=16, budget=AMPLE_BYTES, cores=2)
+    pool.with_children(16)
+    for _ in range(16):
+        pool.submit(task(None))
+    pool.grown = dict.fromkeys(pool.running.values(), grown)
+    pool.now += TRIAL_SECONDS
+    pool.decide(Waiting())
+    assert len(pool.running) == (2 if grown else 4)
+
+
 def test_unknown_tasks_begin_at_once_where_there_is_plenty():
     """Enough for whatever most tasks need."""
     pool = Pool(bound=16, budget=100 * AMPLE_BYTES, cores=2)
