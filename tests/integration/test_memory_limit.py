@@ -41,7 +41,7 @@ def test_it_says_what_there_is_when_it_starts(worker, cgroup):
     limit, file, budget, own, child, count, concurrency = worker.wait_for_log(START.pattern).groups()
     assert file.startswith(str(cgroup.folder))
     assert list(map(int, (limit, budget, concurrency))) == [600, 540, 2]
-    assert int(child) == memory(worker)["child"] // MIB
+    assert abs(int(child) - memory(worker)["child"] / MIB) <= 0.5
     assert 0 < int(own) < 540
     assert 0 < int(count) <= 540 // int(child)
     worker.run("proj.pid")
