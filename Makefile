@@ -56,7 +56,7 @@ pytest: $(VENV)/.installed-test
 
 # Half of them on machines where nobody lies: there memory must not even pass the budget.
 check-model: $(VENV)/.installed-test
-	HYPOTHESIS_PROFILE=long MODEL_EXAMPLES=$(MODEL_EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 -o faulthandler_timeout=0 tests/unit/test_model.py $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=long MODEL_EXAMPLES=$(MODEL_EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 -o faulthandler_timeout=0 tests/unit/test_model.py tests/unit/test_prefetch.py $(PYTEST_ARGS)
 
 # Without the C helper in any interpreter, also where it is built.
 check-ctypes: $(VENV)/.installed-test

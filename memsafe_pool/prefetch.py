@@ -9,6 +9,7 @@ admitted:
   above Celery's own.
 - When that has lasted for half a second, all waiting tasks but the oldest go back to the
   broker. They have not begun, so nothing runs twice, and they go to the front of the queue.
+  (The oldest that the broker counts: it would send another one in its place, again and again.)
 
 Celery's own count is not touched: it goes on with it (autoscale, ETA, what follows a
 reconnect), and only what the broker is told is bounded. When the block has been over for a
@@ -218,7 +219,7 @@ class Prefetch:
         if self._consumer is None:
             return
         bound = self._bound(prefetch_count)
-        if bound < self._told and self._hold.bounded and upstream.is_fetching(self._consumer):
+        if bound < self._told and upstream.is_fetching(self._consumer):
             self._outdated = True
             return
         if bound != self._told:
@@ -237,12 +238,13 @@ class Prefetch:
         return in_pool + [(None, request) for request in upstream.queued_requests(self._consumer)]
 
     def _give_back(self, consumer: Any) -> None:
-        """Let the broker have all waiting tasks again but the first."""
+        """Let the broker have all waiting tasks again but the first that it counts."""
         count = 0
+        counted = [pair for pair in self._waiting_requests() if upstream.is_counted(consumer, pair[1])]
         # The newest first: each goes to the front of the queue, so that they are in order there.
-        for job, request in reversed(self._waiting_requests()[1:]):
-            if (job is not None and job.memory_tries) or not upstream.can_give_back(consumer, request):
-                continue  # what was begun here is counted here
+        for job, request in reversed(counted[1:]):
+            if (job is not None and job.memory_tries) or upstream.is_revoked(request.id):
+                continue  # what was begun here is counted here; and what was revoked ends here
             if job is None:
                 upstream.unqueue(consumer, request)
             else:

@@ -14,7 +14,7 @@ first.
 Order. The longest waiting task goes first. One for which there is no room may be passed by smaller ones, for
 ``patience`` seconds; then nothing begins before it, for six times as long. As what it waits for may never
 end, others may then pass for as long again, and so on in turn; but it holds them up twice as long each
-time. When nothing runs, it begins whatever it needs.
+time. When nothing runs, it begins whatever it needs, in a new child if the only one has kept what it lacks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from memsafe_pool.events import (
     Up,
     Waiting,
 )
-from memsafe_pool.recycle import Child, Rules
+from memsafe_pool.recycle import LEAST_GROWTH_BYTES, Child, Rules
 from memsafe_pool.reservations import pending
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ FRESH_SECONDS = 0.02
 #: runs: at first one for each core and the second number of free bytes, twice as many each so many seconds,
 #: and no more once one has taken so much.
 AMPLE_BYTES, LEAST_BYTES, TRIAL_SECONDS, TRIAL_BYTES = 512 * _MIB, 128 * _MIB, 0.2, 8 * _MIB
+
+#: Of tasks that do not end one more begins each so many seconds, if twice what one of them has taken is free.
+ENDLESS_SECONDS = 10.0
 
 #: Memory is short when less than this share of the budget is left.
 PRESSED_SHARE = 0.15
@@ -127,10 +130,10 @@ class Fleet(Protocol):
 class _Trial:
     """Tasks of one name of which nothing is known: how many may run."""
 
-    __slots__ = ("began", "running")
+    __slots__ = ("began", "latest", "running")
 
     def __init__(self, now: float) -> None:
-        self.began = now
+        self.began = self.latest = now
         self.running: set[Task] = set()
 
 
@@ -210,7 +213,10 @@ class Supervisor:
 
         For one that nobody is waiting before. False only means that :meth:`handle` has to be asked.
         """
-        if self._fits(task, now, _Plan()):
+        plan = _Plan()
+        if self._is_alone(plan) and self._lacks(task, now) > 0:
+            return False  # it will begin all the same, perhaps in a new child
+        if self._fits(task, now, plan):
             self._begin(task, now)
             return True
         return False
@@ -218,6 +224,8 @@ class Supervisor:
     def ended(self, task: Task) -> None:
         """Take note that a task has ended, or did not begin after all."""
         self.room.end(task)
+        if not self.room.running:
+            self._looked_at = float("-inf")  # what it had is free now, which decides for the next one
         if self._trials and (trial := self._trials.get(task.name)):
             trial.running.discard(task)
             if not trial.running:
@@ -272,19 +280,45 @@ class Supervisor:
 
     def _fits(self, task: Task, now: float, plan: _Plan) -> bool:
         """Whether a task may begin, beside what is planned."""
-        return self._has_room(task, plan) and (
+        return self._has_room(task, now, plan) and (
             task.estimate.known or self._is_alone(plan) or self._may_try(task, now, plan.tries)
         )
 
-    def _has_room(self, task: Task, plan: _Plan) -> bool:
-        room = self.room
+    def _has_room(self, task: Task, now: float, plan: _Plan) -> bool:
         if self._is_alone(plan):
-            return True  # whatever it needs: there is nobody whose end could make room
-        children = (self.fleet.starting + plan.starts) * room.child_bytes
-        return not room.excludes(task) and room.lacks(task, plan.bytes + children) <= 0
+            # Whatever it needs: there is nobody whose end could make room.
+            return not self._needs_new_child(task, now)
+        children = (self.fleet.starting + plan.starts) * self.room.child_bytes
+        return not self.room.excludes(task) and self._lacks(task, now, plan.bytes + children) <= 0
+
+    def _lacks(self, task: Task, now: float, extra: int = 0) -> int:
+        """Return how much is missing for a task to begin beside ``extra``, 0 or less if it can."""
+        lacks = self.room.lacks(task, extra)
+        if task.estimate.known:
+            return lacks
+        trial = self._trials.get(task.name)
+        if trial is None or now - trial.latest < ENDLESS_SECONDS:
+            return lacks
+        return max(lacks, 2 * self._most_grown(trial) + extra - self.room.free)
+
+    def _most_grown(self, trial: _Trial) -> int:
+        return max(self.room.grown.get(task, 0) for task in trial.running)
 
     def _is_alone(self, plan: _Plan) -> bool:
         return not self.room.running and not plan.tasks and self.fleet.size <= 1
+
+    def _needs_new_child(self, task: Task, now: float) -> bool:
+        """Whether a task could begin alone, but the only child has kept too much of earlier tasks for it."""
+        if not self.fleet.idle or self.room.running or self.fleet.size > 1:
+            return False
+        child = self.fleet.idle[0]
+        needs = task.estimate.reserved - self.room.free
+        if needs <= 0 or not child.tasks:
+            return False
+        if now - self._looked_at > FRESH_SECONDS:
+            return True  # until it has been looked at
+        kept = max(child.growth_bytes, child.private_bytes - self.room.child_bytes)
+        return kept + _MIB > needs or child.growth_bytes > LEAST_GROWTH_BYTES
 
     def _begin(self, task: Task, now: float) -> None:
         self.room.begin(task)
@@ -293,6 +327,7 @@ class Supervisor:
             if trial is None:
                 trial = self._trials[task.name] = _Trial(now)
             trial.running.add(task)
+            trial.latest = now
 
     def _may_try(self, task: Task, now: float, tries: int) -> bool:
         """Whether one more task of which nothing is known may begin."""
@@ -302,8 +337,8 @@ class Supervisor:
         first = max(min(room.free // LEAST_BYTES, self.cores), 1)
         if trial is None:
             return tries < first
-        if any(room.grown.get(other, 0) > TRIAL_BYTES for other in trial.running):
-            return False
+        if self._most_grown(trial) > TRIAL_BYTES:
+            return not tries and now - trial.latest >= ENDLESS_SECONDS
         running = len(trial.running) + tries
         doublings = min(int((now - trial.began) / TRIAL_SECONDS), 16)
         if first <= running < first << doublings and now - self._looked_at > FRESH_SECONDS:
@@ -337,9 +372,9 @@ class Supervisor:
                 continue
             blocked = blocked or task
             # Nobody passes it any more, unless it waits for its like to tell what they need.
-            held_up = self._holds_up(task, now) and not self._has_room(task, plan)
+            held_up = self._holds_up(task, now) and not self._has_room(task, now, plan)
             plan.starts -= needs_start
-            if held_up:
+            if held_up or self._needs_new_child(task, now):
                 break
         self.blocked = blocked
         self._yields = (
@@ -380,12 +415,13 @@ class Supervisor:
             idle: Number of idle children that nothing was given to.
         """
         room, blocked = self.room, self.blocked
-        lacks = max(-room.free, room.lacks(blocked) if blocked else 0)
+        lacks = max(-room.free, self._lacks(blocked, now) if blocked else 0)
         # One stays for the task itself. Those that were given something stand at the end.
         spare = self.fleet.idle[: max(idle - 1, 0) if blocked else idle]
-        last = self.fleet.idle[0] if idle == 1 and blocked else None
-        if last is not None and 0 < lacks <= last.private_bytes - room.child_bytes:
-            spare = [last]  # a new one in its place leaves enough
+        if blocked and idle == 1:
+            last = self.fleet.idle[0]
+            if 0 < lacks <= last.private_bytes - room.child_bytes or self._needs_new_child(blocked, now):
+                spare = [last]  # a new one in its place leaves enough, or more
         if lacks <= 0 or not (blocked or spare):
             return []
         if now - self._looked_at > FRESH_SECONDS:

@@ -65,7 +65,6 @@ __all__ = [
     "become_child",
     "body_size",
     "build_tracers",
-    "can_give_back",
     "config_changes",
     "count_kept",
     "dump_task",
@@ -75,6 +74,7 @@ __all__ = [
     "human_status",
     "install_django_fixup",
     "is_cold_shutdown",
+    "is_counted",
     "is_fetching",
     "is_revoked",
     "leave_to_broker",
@@ -434,16 +434,16 @@ def is_fetching(consumer: Any) -> bool:
     return bool(getattr(consumer.task_consumer.channel, "_in_poll", False))
 
 
-def can_give_back(consumer: Any, request: Any) -> bool:
-    """Whether a request that waits can go back to the broker.
+def is_counted(consumer: Any, request: Any) -> bool:
+    """Whether a request is one that the broker counts as sent on this connection.
 
-    One that was revoked stays: it ends here, while another worker may not know of it.
+    Not a call that is none of Celery's tasks, one that is acknowledged, and one that came by an
+    earlier connection.
     """
     return (
         request is not None
         and not request.acknowledged
         and request.message.channel is consumer.task_consumer.channel
-        and not is_revoked(request.id)
     )
 
 

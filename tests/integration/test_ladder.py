@@ -93,7 +93,33 @@ def test_nobody_knows_them(start_contained, tally):
     assert counters(worker) == NOTHING
 
 
+def test_nobody_knows_them_and_they_do_not_end(start_contained):
+    """One more begins each ten seconds, as there is room: the ones that run may never tell."""
+    worker = start_contained(500, "hungry", concurrency=4)
+    gate = worker.gate()
+    growths = [Growth(worker, gate, "first", headers={})]
+    for name in ("second", "third"):
+        growths[-1].want(12)
+        growths[-1].wait_has(12)
+        growths.append(Growth(worker, gate, name, headers={}))
+    gate.open()
+    all_done(worker, [growth.result for growth in growths])
+    assert counters(worker) == NOTHING
+
+
 # Tasks that leak
+
+
+def test_a_child_that_has_kept_memory_is_not_in_the_way_of_a_large_task(start_contained, tally):
+    """It needs more than is free beside the only child, and no more than would be free beside a new one."""
+    worker = start_contained(500, "hungry", concurrency=4, loglevel="DEBUG")
+    room = headroom(worker)
+    worker.run("hungry.keep", tally.path, 0, room // 2)
+    large = room * 3 // 4
+    assert headroom(worker) < large - 50
+    worker.run("hungry.need", tally.path, 1, large, 0, headers={"memsafe_memory": f"{large} MiB"})
+    assert tally.of("began") == tally.of("ended") == once(2)
+    assert counters(worker) == NOTHING
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

@@ -33,6 +33,7 @@ from memsafe_pool.room import Look, Room, Seen
 from memsafe_pool.supervisor import (
     AMPLE_BYTES,
     BACKOFF_SECONDS,
+    ENDLESS_SECONDS,
     MAX_FAILED_ROUNDS,
     TRIAL_BYTES,
     TRIAL_SECONDS,
@@ -488,6 +489,54 @@ def test_before_that_idle_children_go():
     assert pool.gone(children[1]) == [Give(big)]
 
 
+@pytest.mark.parametrize("ended_now", [True, False])
+@pytest.mark.parametrize(("others", "needs"), [(0, 700), (1, 700), (0, 2000)])
+def test_alone_it_begins_in_a_new_child_if_the_only_one_has_kept_what_it_needs(others, needs, ended_now):
+    """Whether the last task has just ended there or not; smaller ones do not take the child first."""
+    pool = Pool(bound=1, budget=1000 * MIB, child=10 * MIB)
+    [child] = pool.with_children(1)
+    child.kept, pool.used = 300 * MIB, 400
+    pool.tick(0)
+    if ended_now:
+        pool.submit()
+    large, actions = task(needs), []
+    child.loaded_bytes = child.kept if others else 0  # perhaps another one would have it, too
+    for work in [large, *(task(10) for _ in range(others))]:
+        actions += pool.submit(work)
+    if ended_now:
+        actions += pool.done(child, private_bytes=300 * MIB)
+    assert reasons(actions) == {child: "memory is short"}
+    pool.used = 110
+    pool.gone(child)
+    [fresh] = pool.starting
+    pool.up(fresh)
+    assert large in pool.running.values()
+
+
+def test_what_the_last_task_had_is_looked_at_before_the_next_begins_alone():
+    """Else it would seem that a new child would not help either."""
+    pool = Pool(bound=1, budget=1000 * MIB, child=10 * MIB)
+    [child] = pool.with_children(1)
+    child.kept, pool.used = 20 * MIB, 60
+    pool.tick(0)
+    pool.submit(task(900))
+    pool.submit(task(950))
+    pool.grown, pool.used = dict.fromkeys(pool.running.values(), 800), 900
+    pool.tick(0)
+    pool.used = 60
+    assert reasons(pool.done(child, private_bytes=20 * MIB)) == {child: "memory is short"}
+
+
+@pytest.mark.parametrize(("kept", "used"), [(300, 900), (20, 400), (300, 200)])
+def test_alone_it_begins_in_the_only_child_where_a_new_one_would_not_help(kept, used):
+    """It does not fit there either, or fits as it is."""
+    pool = Pool(bound=4, budget=1000 * MIB, child=10 * MIB)
+    [child] = pool.with_children(1)
+    child.kept, child.loaded_bytes, pool.used = kept * MIB, kept * MIB, used
+    pool.tick(0)
+    assert pool.submit(task(700)) in ([], [Give(pool.running[child])])
+
+
 def test_a_child_that_is_given_a_task_is_not_in_the_way():
     """Though the next task does not fit, and memory of idle children is what it lacks."""
     pool = Pool(bound=2, budget=100 * MIB)
@@ -607,6 +656,50 @@ def test_unknown_tasks_are_looked_at_before_more_of_them_begin(grown):
     pool.now += TRIAL_SECONDS
     pool.decide(Waiting())
     assert len(pool.running) == (2 if grown else 4)
+
+
+def test_unknown_tasks_do_not_wait_for_others_that_never_end():
+    """One more begins each so many seconds, if twice what one of them has taken is free."""
+    pool = Pool(bound=16, budget=AMPLE_BYTES, cores=2)
+    pool.with_children(16)
+    for _ in range(16):
+        pool.submit(task(None))
+    pool.grown = dict.fromkeys(pool.running.values(), 100)
+    pool.used = 200
+    pool.tick(ENDLESS_SECONDS * 0.9)
+    assert len(pool.running) == 2
+    pool.tick(ENDLESS_SECONDS * 0.1)
+    assert len(pool.running) == 3
+    pool.used = 300
+    pool.tick(ENDLESS_SECONDS * 0.9)
+    assert len(pool.running) == 3
+    pool.tick(ENDLESS_SECONDS * 0.1)
+    assert len(pool.running) == 4
+    pool.used = 400
+    for _ in range(5):
+        pool.tick(ENDLESS_SECONDS)
+    assert len(pool.running) == 4
+    for child in pool.leaving:
+        assert pool.gone(child) == []
+    pool.used = 300
+    assert pool.tick() == [Start(1)]
+
+
+def test_unknown_tasks_that_do_not_fit_have_their_turn_as_others():
+    """Small ones do not pass them for ever, when others of their like never end."""
+    pool = Pool(bound=16, budget=AMPLE_BYTES, cores=1, patience=20)
+    pool.with_children(16)
+    pool.submit(task(None, name="endless"))
+    pool.submit(task(None, name="endless"))
+    pool.grown = dict.fromkeys(pool.running.values(), 200)
+    pool.used = 200
+    small = task(10)
+    pool.tick(ENDLESS_SECONDS)
+    pool.submit(small)
+    assert small in pool.running.values()
+    pool.tick(ENDLESS_SECONDS + 1)
+    pool.submit(task(10))
+    assert len(pool.waiting) == 2
 
 
 def test_unknown_tasks_begin_at_once_where_there_is_plenty():
