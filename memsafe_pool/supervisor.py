@@ -43,7 +43,7 @@ from memsafe_pool.events import (
     Up,
     Waiting,
 )
-from memsafe_pool.recycle import LEAST_GROWTH_BYTES, Child, Rules
+from memsafe_pool.recycle import Child, Rules
 from memsafe_pool.reservations import pending
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class Supervisor:
         if now - self._looked_at > FRESH_SECONDS:
             return True  # until it has been looked at
         kept = max(child.growth_bytes, child.private_bytes - self.room.child_bytes)
-        return kept + _MIB > needs or child.growth_bytes > LEAST_GROWTH_BYTES
+        return 2 * kept >= needs  # what it needs is a guess
 
     def _begin(self, task: Task, now: float) -> None:
         self.room.begin(task)

@@ -142,7 +142,7 @@ class Watched(Machine):
         unbegun: Runs that had not begun when their child ended by itself.
         lost: Runs that were ended for want of memory.
         beside: Runs that had others beside them.
-        most_unloaded: The most memory that was used, less what children had kept of first runs.
+        most_unloaded: The most memory that was used, less twice what was kept of first runs.
         tried_at: When there was last no reason to begin one more task of which nothing is known.
     """
 
@@ -159,8 +159,9 @@ class Watched(Machine):
 
     def _note_peak(self):
         used = super()._note_peak()
-        loaded = sum(child.loaded_bytes for child in self.fleet.children)
-        self.most_unloaded = max(self.most_unloaded, used - loaded)
+        thought = max(self.room.child_bytes - self.terms.child, 0)  # to be loaded by a new one
+        loaded = thought + sum(child.loaded_bytes for child in self.fleet.children)
+        self.most_unloaded = max(self.most_unloaded, used - 2 * loaded)
         return used
 
     def _sample(self, version):
@@ -405,7 +406,7 @@ class Model(RuleBasedStateMachine):
             machine.check()
             assert machine.ended_by is None
             if self.honest:
-                # What a child keeps of a first run may be what every child has to load: nobody can tell.
+                # What children keep of a first run may be what every child has to load: nobody can tell.
                 assert machine.most_unloaded <= machine.budget.bytes, "more is used than the budget"
         machine.now = until
 
