@@ -350,7 +350,7 @@ class Engine:
             self._finish(job, False, upstream.failed(upstream.MaybeEncodingError(exc, job.args)))
             return None
         hints = wire.KNOWN if self.ledger.peaks.is_known(job.name) else 0
-        if child.report.trimmable >= self._trim_bytes and self.supervisor.pressed:
+        if child.report.trimmable >= self._trim_bytes and self.supervisor.trims:
             hints |= wire.TRIM
         message = wire.head(wire.TASK, len(body), job.id, hints) + body
         if job.hard_limit is not None:

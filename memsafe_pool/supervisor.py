@@ -77,8 +77,9 @@ AMPLE_BYTES, LEAST_BYTES, TRIAL_SECONDS, TRIAL_BYTES = 512 * _MIB, 128 * _MIB, 0
 #: Of tasks that do not end one more begins each so many seconds, if twice what one of them has taken is free.
 ENDLESS_SECONDS = 10.0
 
-#: Memory is short when less than this share of the budget is left.
-PRESSED_SHARE = 0.15
+#: When less than this share of the budget is left, busy children give back free heap before their next task;
+#: when less than the second is left, children are replaced that have grown: that costs more.
+TRIM_SHARE, PRESSED_SHARE = 0.15, 0.05
 
 #: Seconds to wait for children that leave, or that start and can then be let go, before a task is ended.
 MOVING_SECONDS = 3.0
@@ -450,9 +451,9 @@ class Supervisor:
         return self._staying - self.bound - self._extra
 
     @property
-    def pressed(self) -> bool:
-        """Whether memory is short."""
-        return self.room.free < PRESSED_SHARE * self.room.budget
+    def trims(self) -> bool:
+        """Whether busy children are to give free heap back."""
+        return self.room.free < TRIM_SHARE * self.room.budget
 
     def _after_task(self, child: Child, now: float) -> list[Action]:
         reason = self.rules.must_go(child) or self._due.get(child)
@@ -462,7 +463,7 @@ class Supervisor:
             return [Retire(child, f"at most {self.bound} children")]
         if child in self._replaced:
             return []
-        pressed = self.pressed
+        pressed = self.room.free < PRESSED_SHARE * self.room.budget
         reason = self.rules.should_go(child, now, pressed=pressed)
         if reason is None or self._extra + self.fleet.leaving >= max(self._staying // REPLACED_AT_ONCE, 1):
             return []
