@@ -21,8 +21,9 @@ _MIB = 1 << 20
 #: A child may always grow by this much: starting another one costs about as much.
 LEAST_GROWTH_BYTES = 32 * _MIB
 
-#: Under pressure the limit is that much lower, but no lower than the second number.
-PRESSED_SHARE, LEAST_PRESSED_BYTES = 0.5, 8 * _MIB
+#: Under pressure the limit is that part of it, but no lower than the second number: not much lower, as each
+#: child that goes early is one more to start.
+PRESSED_SHARE, LEAST_PRESSED_BYTES = 0.8, 8 * _MIB
 
 #: A task that leaves this share of what its first run has left in its second, too, does not load but leak.
 LEAK_SHARE = 0.5

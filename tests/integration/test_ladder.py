@@ -131,7 +131,8 @@ def test_tasks_that_leak(start_contained, tally, concurrency):
     assert tally.of("began") == tally.of("ended") == once(count)
     assert counters(worker) == NOTHING
     assert len({pid for _, _, pid, _ in tally.lines()}) > concurrency
-    worker.wait_for_log(r"Retiring .*: grown by \d+ MiB, at most \d+ MiB per child")
+    # A single child may have grown by all there is before it has reached its limit.
+    worker.wait_for_log(r"Retiring .*: (grown by \d+ MiB, at most \d+ MiB per child|memory is short)")
 
 
 # One that can not be done

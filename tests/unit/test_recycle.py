@@ -75,15 +75,15 @@ def test_growth():
     assert rules.should_go(Child(growth_bytes=101 * MIB), 0.0, pressed=False) == (
         "grown by 101 MiB, at most 100 MiB per child"
     )
-    assert rules.should_go(Child(growth_bytes=51 * MIB), 0.0, pressed=True) == (
-        "grown by 51 MiB, at most 50 MiB per child while memory is short"
+    assert rules.should_go(Child(growth_bytes=81 * MIB), 0.0, pressed=True) == (
+        "grown by 81 MiB, at most 80 MiB per child while memory is short"
     )
-    assert rules.should_go(Child(growth_bytes=50 * MIB), 0.0, pressed=True) is None
+    assert rules.should_go(Child(growth_bytes=80 * MIB), 0.0, pressed=True) is None
 
 
 def test_pressure_does_not_make_a_small_limit_absurd():
     """A child that has grown by less than it costs to start one is not worth it."""
-    rules = Rules(max_growth_bytes=16 * MIB)
+    rules = Rules(max_growth_bytes=9 * MIB)
     assert rules.should_go(Child(growth_bytes=8 * MIB), 0.0, pressed=True) is None
     assert rules.should_go(Child(growth_bytes=9 * MIB), 0.0, pressed=True)
     rules = Rules(max_growth_bytes=4 * MIB)
