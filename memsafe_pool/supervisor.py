@@ -306,17 +306,26 @@ class Supervisor:
         return max(self.room.grown.get(task, 0) for task in trial.running)
 
     def _is_alone(self, plan: _Plan) -> bool:
-        return not self.room.running and not plan.tasks and self.fleet.size <= 1
+        return self._nobody_else and not plan.tasks
+
+    @property
+    def _nobody_else(self) -> bool:
+        """Whether nothing runs, and there is one child at most: the next task would be alone."""
+        return not self.room.running and self.fleet.size <= 1
+
+    def _is_stale(self, now: float) -> bool:
+        """Whether the last look at memory is too old to say no by."""
+        return now - self._looked_at > FRESH_SECONDS
 
     def _needs_new_child(self, task: Task, now: float) -> bool:
         """Whether a task could begin alone, but the only child has kept too much of earlier tasks for it."""
-        if not self.fleet.idle or self.room.running or self.fleet.size > 1:
+        if not (self._nobody_else and self.fleet.idle):
             return False
         child = self.fleet.idle[0]
         needs = task.estimate.reserved - self.room.free
         if needs <= 0 or not child.tasks:
             return False
-        if now - self._looked_at > FRESH_SECONDS:
+        if self._is_stale(now):
             return True  # until it has been looked at
         kept = max(child.growth_bytes, child.private_bytes - self.room.child_bytes)
         return 2 * kept >= needs  # what it needs is a guess
@@ -342,7 +351,7 @@ class Supervisor:
             return not tries and now - trial.latest >= ENDLESS_SECONDS
         running = len(trial.running) + tries
         doublings = min(int((now - trial.began) / TRIAL_SECONDS), 16)
-        if first <= running < first << doublings and now - self._looked_at > FRESH_SECONDS:
+        if first <= running < first << doublings and self._is_stale(now):
             self._has_to_look = True  # they may have grown since
             return False
         return running < first << doublings
@@ -425,7 +434,7 @@ class Supervisor:
                 spare = [last]  # a new one in its place leaves enough, or more
         if lacks <= 0 or not (blocked or spare):
             return []
-        if now - self._looked_at > FRESH_SECONDS:
+        if self._is_stale(now):
             return [Measure()]  # tasks may have ended since
         actions: list[Action] = []
         if not self.fleet.leaving:

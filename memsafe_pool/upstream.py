@@ -395,14 +395,10 @@ def count_kept(consumer: Any, waiting: set[int]) -> int:
     Arguments:
         waiting: The ``id()`` of each request that waits.
     """
-    channel = consumer.task_consumer.channel
     running = sum(
         1
         for request in tuple(worker_state.reserved_requests)
-        if request.task.acks_late
-        and not request.acknowledged
-        and id(request) not in waiting
-        and request.message.channel is channel
+        if request.task.acks_late and id(request) not in waiting and is_counted(consumer, request)
     )
     return running + _count_scheduled(consumer)
 
