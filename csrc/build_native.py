@@ -15,7 +15,7 @@ ffibuilder.cdef("\n".join(line for line in HEADER.read_text().splitlines() if no
 ffibuilder.set_source(
     "memsafe_pool._native",
     '#include "memsafe_native.h"',
-    sources=["csrc/allocator.c", "csrc/process.c"],
+    sources=["csrc/allocator.c", "csrc/orphan.c", "csrc/process.c"],
     depends=["csrc/memsafe_native.h"],
     include_dirs=["csrc"],
     # Without a compiler the package installs all the same; memsafe_pool.native then goes through ctypes.

@@ -3,8 +3,9 @@
  *
  * This header is also the cffi declaration: build_native.py reads it without its preprocessor lines, so it holds
  * plain declarations only. Every function returns 0 or a positive value, or -errno; -ENOSYS means that the platform
- * has no such call. None of them uses the heap (finding the allocator may once, inside dlsym) or needs the GIL.
- * Any thread may call them, and a process made by fork starts with what it needs. Not for signal handlers.
+ * has no such call. Any thread may call them, and a process made by fork starts with what it needs. Not for signal
+ * handlers. But for ms_fork_orphan none of them uses the heap (finding the allocator may once, inside dlsym) or needs
+ * the GIL.
  *
  * State is kept in two places: which allocator there is (allocator.c), and descriptors of files in /proc (process.c).
  * Times in the comments are of one core of a 2-core virtual machine: Linux 6.18, glibc 2.36.
@@ -104,5 +105,17 @@ int ms_set_child_subreaper(int on);
 
 /* 1 when this process adopts orphaned descendants, 0 when not. */
 int ms_get_child_subreaper(void);
+
+/* A new process; Linux only */
+
+/*
+ * Forks a process that belongs to whoever adopts orphans. Returns 0 in that process, and its pid here, when its parent
+ * has ended. midwife: the pid of that parent, which the orphan may still see for a moment. If the parent is killed,
+ * this process exits with 1: the two share their memory. Only for a process with one thread.
+ *
+ * before is called first, then in_parent here and in_orphan there: fork hooks of an interpreter, whose lock is held
+ * all the time.
+ */
+int64_t ms_fork_orphan(void (*before)(void), void (*in_parent)(void), void (*in_orphan)(void), int64_t *midwife);
 
 #endif

@@ -7,16 +7,19 @@ way it ends in :func:`serve`.
 How a child comes to be the worker's own child, and who reaps whom::
 
     worker          asks: sends (request, name, slot) and the child's end of the socket pair
-      forkserver    forks a midwife; when that has ended, tells the worker the child's pid
-                    and forks the next, to be there for the next request
-        midwife     takes one request, forks the child, writes its pid to a pipe, exits
+      forkserver    makes a midwife on its own memory (vfork), and stands still until that has
+                    ended; reaps it, and tells the worker the child's pid
+        midwife     forks the child, leaves its pid in the forkserver's memory, exits
           child     loses its parent, is adopted by the worker, which holds
                     PR_SET_CHILD_SUBREAPER while a start is under way
 
-The worker reaps the forkserver and all children, the forkserver reaps midwives. Only
-the midwife holds a child's end, from the request to the fork. If the forkserver dies at
-any step, so does the midwife, and the worker sees the end of their socket; if a midwife
-is killed, the forkserver says that a request is lost. Running children are not concerned.
+The worker reaps the forkserver and all children, the forkserver reaps midwives. The
+forkserver holds a child's end from the request until the midwife is gone. If one of the two
+is killed at any step, the other one ends as well, and the worker sees the end of its socket.
+Running children are not concerned.
+
+Without the C helper the midwife is a fork as well, and writes the pid to a pipe. If it is killed,
+the forkserver says that the request is lost.
 
 Everything here runs in the forkserver, but for ``begin_as_fork`` which is called in the
 worker.
@@ -29,7 +32,7 @@ import errno
 import gc
 import os
 import pickle
-import select
+import posix
 import signal
 import socket
 import struct
@@ -70,18 +73,11 @@ __all__ = [
 READY, REFUSED, FAILED = "ready", "refused", "failed"
 FORKED, FORK_FAILED, LOST = "forked", "fork failed", "lost"
 
-#: What a midwife says at its end: the request, and the child's pid or -errno.
-_BIRTH = struct.Struct("=Qq")
-
-#: Exit codes of a midwife that found the socket closed, or for which there was nothing to do.
-_CLOSED, _UNUSED = 42, 43
+#: What a midwife leaves behind: the child's pid, or -errno.
+_RESULT = struct.Struct("=q")
 
 #: Seconds that a thread which was joined may take to leave.
 _JOIN_SECONDS = 0.5
-
-#: Seconds a midwife waits for the next request. It makes that faster by the time of a fork, and
-#: costs 1 MB.
-MIDWIFE_SECONDS = 10.0
 
 #: Largest message in bytes; texts are cut to fit.
 MAX_MESSAGE_BYTES = 65536
@@ -192,93 +188,39 @@ def _send(sock: socket.socket, kind: str, *rest: Any) -> None:
 
 
 class _Server:
-    """Keeps a midwife waiting while children are asked for, so that the next is one fork away."""
+    """Forks a child for each request."""
 
     def __init__(self, app: Any, terms: child.Terms, sock: socket.socket) -> None:
         self.app = app
         self.terms = terms
         self.sock = sock
-        self.birth_reader, self.birth_writer = os.pipe()
-        os.set_blocking(self.birth_reader, False)
-        self.pid = os.getpid()
 
     def run(self) -> NoReturn:
         """Serve requests until the worker closes the socket."""
-        warm = False
-        while True:
-            if not warm:
-                _wait_readable(self.sock)
-                if _is_closed(self.sock):
-                    os._exit(0)
-            try:
-                midwife = os.fork()
-            except OSError as exc:
-                self._do_without_midwife(exc)
-                continue
-            if midwife == 0:
-                self._be_midwife()
-            _, status = os.waitpid(midwife, 0)
-            code = os.waitstatus_to_exitcode(status)
-            if code == _CLOSED:
-                os._exit(0)
-            warm = code != _UNUSED
-            if warm:
-                self._report_birth()
+        while (request := _receive_request(self.sock)) is not None:
+            _send(self.sock, *self._bear(request))
+        os._exit(0)
 
-    def _report_birth(self) -> None:
-        # Only now, when the midwife is gone, is the child the worker's own.
+    def _bear(self, request: _Request) -> tuple[str, int] | tuple[str, int, int]:
+        """Fork a child, and return what to answer."""
+        if not request.fds:  # there was no number free for it
+            return FORK_FAILED, request.id, errno.EMFILE
         try:
-            birth = os.read(self.birth_reader, _BIRTH.size)
-        except BlockingIOError:
-            _send(self.sock, LOST)  # it was killed, and its request with it
-        else:
-            self._report(*_BIRTH.unpack(birth))
-
-    def _report(self, request: int, result: int) -> None:
-        if result > 0:
-            _send(self.sock, FORKED, request, result)
-        else:
-            _send(self.sock, FORK_FAILED, request, -result)
-
-    def _do_without_midwife(self, error: OSError) -> None:
-        """Answer one request with the error that keeps even a midwife from being forked."""
-        request = _receive_request(self.sock)
-        if request is None:
-            os._exit(0)
-        os.close(request.fd)
-        self._report(request.id, -(error.errno or errno.EAGAIN))
-
-    def _be_midwife(self) -> NoReturn:
-        code = 1
-        try:
-            child.tie_to_parent(self.pid)
-            if not _wait_readable(self.sock, MIDWIFE_SECONDS):
-                os._exit(_UNUSED)
-            request = _receive_request(self.sock)
-            if request is None:
-                code = _CLOSED
-            else:
-                self._bear(request)
-                code = 0
-        finally:
-            os._exit(code)
-
-    def _bear(self, request: _Request) -> None:
-        midwife = os.getpid()
-        try:
-            result = os.fork()
+            pid, midwife = _fork_orphan()
         except OSError as exc:
-            result = -(exc.errno or errno.EAGAIN)
-        if result == 0:
+            os.close(request.fds[0])
+            if exc.errno == errno.ECHILD:
+                return LOST, request.id
+            return FORK_FAILED, request.id, exc.errno or errno.EAGAIN
+        if pid == 0:
             self._be_child(request, midwife)
-        os.write(self.birth_writer, _BIRTH.pack(request.id, result))
+        os.close(request.fds[0])
+        return FORKED, request.id, pid
 
     def _be_child(self, request: _Request, midwife: int) -> NoReturn:
         try:
             self.sock.close()
-            os.close(self.birth_reader)
-            os.close(self.birth_writer)
-            sock = socket.socket(fileno=request.fd)
+            sock = socket.socket(fileno=request.fds[0])
             upstream.become_child(request.name, request.slot, self.terms.worker_pid)
             terms = replace(self.terms, name=request.name, index=request.slot)
             child.run(self.app, sock, terms, midwife)
@@ -290,22 +232,7 @@ class _Request(NamedTuple):
     id: int
     name: str
     slot: int
-    fd: int
-
-
-def _wait_readable(sock: socket.socket, seconds: float | None = None) -> bool:
-    """Wait until there is something to read, or the end; return whether there is."""
-    poll = select.poll()  # select() takes no descriptor above 1023
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(None if seconds is None else seconds * 1000))
-
-
-def _is_closed(sock: socket.socket) -> bool:
-    """Tell whether a socket that can be read has nothing but its end."""
-    try:
-        return not sock.recv(1, socket.MSG_PEEK)
-    except ConnectionError:
-        return True
+    fds: list[int]
 
 
 def _receive_request(sock: socket.socket) -> _Request | None:
@@ -317,7 +244,50 @@ def _receive_request(sock: socket.socket) -> _Request | None:
     if not data:
         return None
     number, name, slot = pickle.loads(data)
-    return _Request(number, name, slot, fds[0])
+    return _Request(number, name, slot, fds)
+
+
+def _fork_orphan() -> tuple[int, int]:
+    """As :func:`native.fork_orphan`, but everywhere."""
+    if os.fork is posix.fork:  # else somebody has put another there, which is to be called
+        try:
+            return native.fork_orphan()
+        except OSError as exc:
+            if exc.errno != errno.ENOSYS:
+                raise
+    return _fork_twice()
+
+
+def _fork_twice() -> tuple[int, int]:
+    """As :func:`_fork_orphan`; ECHILD if the midwife was killed: then there is an orphan, or not."""
+    us = os.getpid()
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    try:
+        midwife = os.fork()
+        if midwife == 0:
+            child.tie_to_parent(us)
+            midwife = os.getpid()
+            try:
+                orphan = os.fork()
+            except OSError as exc:
+                orphan = -(exc.errno or errno.EAGAIN)
+            if orphan == 0:
+                return 0, midwife
+            with contextlib.suppress(OSError):
+                os.write(writer, _RESULT.pack(orphan))
+            os._exit(0)
+        os.waitpid(midwife, 0)
+        try:
+            (orphan,) = _RESULT.unpack(os.read(reader, _RESULT.size))
+        except BlockingIOError:
+            orphan = -errno.ECHILD
+    finally:
+        os.close(reader)
+        os.close(writer)
+    if orphan < 0:
+        raise OSError(-orphan, os.strerror(-orphan))
+    return orphan, midwife
 
 
 def open_descriptors() -> Descriptors:

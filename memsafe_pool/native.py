@@ -1,13 +1,14 @@
 """The C helper, as Python functions: the allocator, the memory of this process, prctl.
 
 Covers the calls that Python itself cannot make, or not cheaply. They go through the extension
-``memsafe_pool._native`` (``csrc/``), or, where that was not built, through ``native_ctypes``. Both release
-the GIL while they run, and a failure is an :class:`OSError` with ``errno``: ``ENOSYS`` where the platform
-has no such call. All numbers are about the process that calls, also after a fork; any thread may call.
+``memsafe_pool._native`` (``csrc/``), or, where that was not built, through ``native_ctypes``. All but the
+fork release the GIL while they run, and a failure is an :class:`OSError` with ``errno``: ``ENOSYS`` where the
+platform has no such call. All numbers are about the process that calls, also after a fork; any thread may
+call.
 
 Does not decide when to trim, what is too much, nor who adopts whom; :mod:`memsafe_pool.memory` reads the
-memory of other processes. Imports neither Celery nor billiard, and ctypes only at the first call without
-the extension.
+memory of other processes. Imports neither Celery nor billiard, and ctypes only for a fork, or at the first
+call without the extension.
 
 Costs are per call from Python on one core of a 2-core virtual machine (Linux 6.18, glibc 2.36), with the
 extension. Without it, what reads /proc opens the file each time and takes 3 to 10 us.
@@ -32,6 +33,7 @@ __all__ = [
     "Measures",
     "OwnMemory",
     "allocator",
+    "fork_orphan",
     "get_child_subreaper",
     "heap_bytes",
     "measure",
@@ -89,6 +91,7 @@ class _Library(Protocol):
     def ms_set_parent_death_signal(self, signum: int, /) -> int: ...
     def ms_set_child_subreaper(self, on: int, /) -> int: ...
     def ms_get_child_subreaper(self) -> int: ...
+    def ms_fork_orphan(self, before: Any, in_parent: Any, in_orphan: Any, midwife: Any, /) -> int: ...
 
 
 #: Those whose free pages release_heap and whose numbers heap_bytes can ask for.
@@ -328,6 +331,35 @@ def get_child_subreaper() -> bool:
     Raises OSError with ENOSYS where there is no prctl.
     """
     return bool(_checked(_library.ms_get_child_subreaper))
+
+
+def fork_orphan() -> tuple[int, int]:
+    """Fork a process that belongs to whoever adopts orphans; return its pid, or 0 in that process.
+
+    The second number is the pid of the process that forked it. That has ended when the call returns here;
+    in the new process it may be the parent for a moment longer.
+
+    As :func:`os.fork` with all its hooks, and about as dear: two forks in a row would cost twice that.
+    Only for a process with one thread. If the process between the two is killed, this one exits with 1, as
+    they share their memory.
+
+    Raises OSError: what fork raises; ENOSYS where this is not Linux, and without the extension.
+    """
+    if not HAVE_EXTENSION:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    # Through ctypes, which keeps the GIL: between the hooks nothing of Python may run.
+    import ctypes
+
+    address = int(_ffi.cast("intptr_t", _ffi.addressof(_library, "ms_fork_orphan")))
+    function = ctypes.PYFUNCTYPE(ctypes.c_int64, *[ctypes.c_void_p] * 4)(address)
+    hooks = ("PyOS_BeforeFork", "PyOS_AfterFork_Parent", "PyOS_AfterFork_Child")
+    midwife = ctypes.c_int64()
+    pid = _checked(
+        function,
+        *(ctypes.cast(getattr(ctypes.pythonapi, hook), ctypes.c_void_p) for hook in hooks),
+        ctypes.byref(midwife),
+    )
+    return pid, midwife.value
 
 
 def _checked(function: Callable[..., int], *arguments: Any) -> int:

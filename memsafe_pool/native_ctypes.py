@@ -159,6 +159,9 @@ class CtypesLibrary:
         on = ctypes.c_int(0)
         return self._prctl(self.PR_GET_CHILD_SUBREAPER, ctypes.addressof(on)) or on.value
 
+    def ms_fork_orphan(self, before: Any, in_parent: Any, in_orphan: Any, midwife: Any, /) -> int:
+        return -errno.ENOSYS  # vfork returns twice, the first time on a stack that is lent: not for Python
+
     def _function(self, name: str) -> Any:
         """The C function of that name, or None."""
         import ctypes

@@ -239,11 +239,8 @@ class Forkserver:
                 self._on_birth(kind, *rest)
         self._ask()
 
-    def _on_birth(self, kind: str, request: object = None, result: object = None) -> None:
+    def _on_birth(self, kind: str, request: object, result: object = None) -> None:
         """Take note of what became of a request."""
-        if kind == forkserver.LOST:
-            # Requests are taken in order, so it is the oldest, if it is one at all.
-            request = next(iter(self._asked), None)
         child = self._asked.pop(cast("int", request), None)
         if child is not None:
             if kind == forkserver.FORKED:

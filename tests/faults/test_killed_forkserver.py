@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -23,6 +24,12 @@ def worker(start_module_worker, broker_kind, request):
     return start_module_worker(
         "faulty", start_method="forkserver", broker=broker_kind, config=config, concurrency=4
     )
+
+
+def without_extension(worker):
+    """Keep the C helper from every interpreter of a worker."""
+    folder = Path(processes.__file__).parent / "no_extension"
+    worker.env["PYTHONPATH"] = os.pathsep.join([str(folder), worker.env["PYTHONPATH"]])
 
 
 def counts(worker):
@@ -116,8 +123,39 @@ def test_stopped_and_killed(worker, tally):
     settled(worker)
 
 
-def test_its_helpers_are_killed(worker, tally):
-    """The processes between forkserver and child are killed whenever there are any: every task runs, once."""
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_its_midwife_is_killed(start_worker, tally, step):
+    """Killed before or after the child is forked, the forkserver ends with it: the task runs, once."""
+
+    def prepare(worker):
+        worker.env["FORK_GATES"] = str(worker.gates)
+
+    worker = start_worker("stuck_in_fork", start_method="forkserver", prepare=prepare)
+    pid = forkserver(worker)
+    gate = worker.gates / step
+    gate.touch()
+    try:
+        result = worker.call("faulty.count", tally.path, "a")
+        midwives = worker.until(lambda: processes.children(pid), "a midwife")
+        assert processes.kill(*midwives) == 1
+        worker.wait_for_log(rf"forkserver \(pid {pid}\) has died")
+    finally:
+        gate.unlink()
+    all_run_once(worker, tally, [result])
+    assert forkserver(worker) != pid
+    worker.until(lambda: len(processes.children(worker.pid)) == 2, "nobody but a forkserver and a child")
+    assert not processes.zombies(worker.pid)
+
+
+def test_its_midwives_are_killed_where_they_are_forks(start_worker, tally):
+    """Killed whenever there are any: every task runs, once, and the forkserver lives on."""
+    worker = start_worker(
+        "faulty",
+        start_method="forkserver",
+        prepare=without_extension,
+        config={"worker_max_tasks_per_child": 1},
+        concurrency=4,
+    )
     stop = threading.Event()
     killed = []
 
@@ -130,12 +168,13 @@ def test_its_helpers_are_killed(worker, tally):
     hunter.start()
     try:
         results = [worker.call("faulty.count", tally.path, str(number)) for number in range(12)]
-        worker.until(lambda: sum(killed) > 10, "some helpers to be killed")
+        worker.until(lambda: sum(killed) > 2, "some midwives to be killed")
     finally:
         stop.set()
         hunter.join()
     all_run_once(worker, tally, results)
     assert len(tally.runs()) == 12
+    assert forkserver(worker) == pid
     settled(worker)
 
 

@@ -82,6 +82,10 @@ static void show(long long status)
     printf("%d\\n", status < 0 ? (int)status : 0);
 }
 
+static void nothing(void)
+{
+}
+
 int main(void)
 {
     int64_t first_bytes, second_bytes, third_bytes, numbers[4];
@@ -107,7 +111,9 @@ int main(void)
     if (fork() == 0) {
         show(ms_reset_peak());
         show(ms_raise_oom_score_adj(1));
+        return 0;
     }
+    show(ms_fork_orphan(nothing, nothing, nothing, &first_bytes)); /* in both */
     return 0;
 }
 """
@@ -121,7 +127,7 @@ def _compile(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Compile the C sources with a main of their own, all warnings being errors."""
     (folder / "main.c").write_text(MAIN)
     warnings = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
-    sources = [CSRC / "allocator.c", CSRC / "process.c", folder / "main.c"]
+    sources = [CSRC / "allocator.c", CSRC / "orphan.c", CSRC / "process.c", folder / "main.c"]
     command = [COMPILER, *warnings, *flags, f"-I{CSRC}", *sources, "-ldl", "-o", folder / "main"]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
@@ -143,7 +149,7 @@ def test_the_c_code_compiles_without_a_warning(tmp_path):
     built = _compile(tmp_path)
     assert built.returncode == 0, built.stderr
     output = _output(tmp_path)
-    assert output[:9] + output[12:] == ["0"] * 12
+    assert output[:9] + output[12:] == ["0"] * 14
 
 
 @needs_compiler
@@ -156,7 +162,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
         pytest.skip("the compiler comes without sanitizers")
     assert built.returncode == 0, built.stderr
     output = _output(tmp_path)
-    assert output[:9] + output[12:] == ["0"] * 12
+    assert output[:9] + output[12:] == ["0"] * 14
 
 
 @needs_compiler

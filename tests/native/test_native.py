@@ -210,6 +210,82 @@ def test_the_subreaper_flag_is_read_back(run):
     assert lines == ["False", "True", "False", "False"]
 
 
+# Orphans
+
+#: What they print, in place of what they are to, where there is no extension.
+NO_ORPHANS = ["ENOSYS"]
+
+
+def test_an_orphan_is_forked(run):
+    """It belongs to who adopts orphans; hooks are called as by os.fork; nothing else is left."""
+    lines = run("""
+        import errno, os, sys
+
+        called = []
+        os.register_at_fork(
+            before=lambda: called.append("before"),
+            after_in_parent=lambda: called.append("in parent"),
+            after_in_child=lambda: called.append("in child"),
+        )
+        native.set_child_subreaper(True)
+        us, open_before = os.getpid(), os.listdir("/proc/self/fd")
+        try:
+            pid, midwife = native.fork_orphan()
+        except OSError as error:
+            print(errno.errorcode[error.errno])
+            sys.exit()
+        if pid == 0:
+            while os.getppid() == midwife:
+                pass
+            print(*called, os.getppid() == us != midwife, sep=", ", flush=True)
+            os._exit(3)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(*called, code, os.listdir("/proc/self/fd") == open_before, sep=", ")
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            print("nobody else")
+    """)
+    expected = ["before, in child, True", "before, in parent, 3, True", "nobody else"]
+    assert lines == (expected if run.implementation == "extension" else NO_ORPHANS)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a user who has no other process")
+@pytest.mark.parametrize("others", [0, 1], ids=["the first fork", "the second"])
+def test_an_orphan_that_cannot_be_forked(run, others):
+    """The error arrives, hooks are called all the same, no process is left, and the next one works."""
+    lines = run(f"""
+        import ctypes, errno, os, resource, sys  # ctypes as long as it can be read
+
+        called = []
+        os.register_at_fork(
+            before=lambda: called.append("before"),
+            after_in_parent=lambda: called.append("in parent"),
+        )
+        os.setuid({54321 + os.getpid() % 10000})
+        native.set_child_subreaper(True)
+        limit = resource.getrlimit(resource.RLIMIT_NPROC)
+        resource.setrlimit(resource.RLIMIT_NPROC, (1 + {others}, limit[1]))
+        try:
+            native.fork_orphan()
+        except OSError as error:
+            print(errno.errorcode[error.errno], *called, sep=", ")
+            if error.errno == errno.ENOSYS:
+                sys.exit()
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            print("nobody")
+        resource.setrlimit(resource.RLIMIT_NPROC, limit)
+        pid, _ = native.fork_orphan()
+        if pid == 0:
+            os._exit(3)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """)
+    expected = ["EAGAIN, before, in parent", "nobody", "3"]
+    assert lines == (expected if run.implementation == "extension" else NO_ORPHANS)
+
+
 # Platforms without the calls
 
 
