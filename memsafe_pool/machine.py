@@ -586,7 +586,7 @@ class Machine:
 
     def _on_memory_lost(self, work: Work, grown: int) -> None:
         was_alone = work.alone
-        self.learned.rise(work.name, work.label, grown)
+        self.learned.rise(work.name, work.label, work.estimate, grown)
         if was_alone or work.tries >= self.terms.tries or not work.redeliverable:
             self._finish(work, "failed")
             return
@@ -682,7 +682,7 @@ class Machine:
         for seen in look.running:
             work = cast("Work", seen.task)
             if seen.grown > work.estimate.reserved:
-                self.learned.rise(work.name, work.label, seen.grown)
+                work.estimate = self.learned.rise(work.name, work.label, work.estimate, seen.grown)
         self._resize_waiting()
         self._actions.extend(self.supervisor.handle(events.Looked(look), self.now))
 

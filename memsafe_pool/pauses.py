@@ -10,8 +10,9 @@ A paused task loses nothing: it goes on where it was when others have ended. The
   them, the *leader*, goes on: it is to end, and its memory comes back.
 * The leader is stopped, too, when the limit is near. If then nothing runs that could end, we are stuck, and
   say so: something has to be ended.
-* Paused tasks go on, the oldest first, when what they need fits again, the leader as soon as there is
-  a little.
+* Paused tasks go on, the oldest first, when what they may need fits again, the leader as soon as there is
+  a little. All of them grew when they were stopped, so each may need what the largest of its kind did: it
+  goes on by itself, and shows whether it does.
 
 The next sample is taken in half the time in which the tasks could fill what is left, at the speed at
 which cores can touch memory; tasks that have what they need, and do not grow, are trusted to begin slowly.
@@ -98,11 +99,11 @@ class Decision:
 class _Run:
     """What is remembered of one task."""
 
-    __slots__ = ("at", "began", "growing", "grown", "need", "paused", "rate", "spared")
+    __slots__ = ("at", "began", "growing", "grown", "most", "need", "paused", "rate", "spared")
 
     def __init__(self, now: float) -> None:
         self.began = self.at = now
-        self.grown = self.need = 0
+        self.grown = self.most = self.need = 0
         self.rate = 0.0
         self.growing = self.paused = self.spared = False
 
@@ -116,6 +117,7 @@ class _Run:
         self.grown, self.at, self.spared = sample.grown, now, sample.spared
         self.growing = self.rate > slow
         self.need = pending(sample.estimate, sample.grown, growing=self.growing)
+        self.most = sample.estimate.most
 
 
 class Pauses:
@@ -199,7 +201,7 @@ class Pauses:
         leading = True
         for task, run in runs:
             if run.paused:
-                need = max(run.need, MATTERS_BYTES)
+                need = max(run.need, run.most - run.grown, MATTERS_BYTES)
                 # At the speed at which it grew, the leader must not come to the limit before the next sample.
                 enough = max(margin, SHORTEST * run.rate)
                 if not (needed + need <= RESUME_SHARE * room or (leading and room > enough)):

@@ -14,7 +14,7 @@ Data only. Imports neither Celery nor billiard.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = ["LITTLE_BYTES", "UNKNOWN", "Estimate", "Reservations", "after_loss", "pending"]
@@ -48,12 +48,15 @@ class Estimate:
     Attributes:
         reserved: What is set aside for it.
         most: What it may need in the worst case that was ever seen; at least ``reserved``.
-        known: Whether anything is known of it; else both are 0.
+        known: Whether anything is known of it; else all are 0.
+        ended: What is thought possible by those that have ended; ``most`` is higher where one that runs has
+            more. 0 if that was not learned.
     """
 
     reserved: int = 0
     most: int = 0
     known: bool = False
+    ended: int = 0
 
 
 #: Of a task that nobody has said anything about, and that never ran.
@@ -86,7 +89,7 @@ class _Record:
         if max(self.kept) > LITTLE_BYTES:
             most = max(self.recent)
             steady = len(self.recent) == RECENT and most <= min(self.recent) * STEADY
-            return self._set(most, max(self.kept), STEADY if steady else MARGIN)
+            return self._set(most, max(self.kept), STEADY if steady else MARGIN, ended=max(self.kept))
         self.recent.clear()
         self.kept.clear()
         changed = self.estimate is not _LITTLE
@@ -100,10 +103,13 @@ class _Record:
         self.running = grown
         return self._set(grown, max(self.estimate.most / MARGIN, grown), MARGIN)
 
-    def _set(self, expected: float, most: float, margin: float) -> bool:
+    def _set(self, expected: float, most: float, margin: float, ended: float | None = None) -> bool:
         before = self.estimate
         self.estimate = Estimate(
-            max(int(expected * margin), LITTLE_BYTES), max(int(most * margin), LITTLE_BYTES), known=True
+            max(int(expected * margin), LITTLE_BYTES),
+            max(int(most * margin), LITTLE_BYTES),
+            known=True,
+            ended=before.ended if ended is None else int(ended * margin),
         )
         return not before.reserved / MARGIN < self.estimate.reserved < before.reserved * MARGIN
 
@@ -138,12 +144,22 @@ class Reservations:
                 records.move_to_end(key)
             self.version += record.add(peak, hidden)
 
-    def rise(self, name: str, label: str | None, grown: int) -> None:
-        """Enter what a task has taken so far, which runs and was expected to need less (bytes)."""
+    def rise(self, name: str, label: str | None, estimate: Estimate, grown: int) -> Estimate:
+        """Enter what a task has taken so far, which runs and was expected to need less (bytes).
+
+        Returns what it may need then: as much as any of its kind did, those that run included.
+
+        Arguments:
+            estimate: What was known when it was admitted.
+        """
         for key in (name, None), (name, label):
             record = self._records.get(key)
             if record is not None:
                 self.version += record.rise(grown)
+        now = self.estimate(name, label)
+        if not estimate.known or (now.most <= estimate.most and now.ended <= estimate.ended):
+            return estimate
+        return replace(estimate, most=max(now.most, estimate.most), ended=max(now.ended, estimate.ended))
 
     def estimate(self, name: str, label: str | None) -> Estimate:
         """Return what was learned, or :data:`UNKNOWN`."""
@@ -203,7 +219,8 @@ def pending(estimate: Estimate, grown: int, *, growing: bool) -> int:
     """Return how much more memory a running task is to be expected to take (bytes).
 
     What is left of its reservation. One that has gone over that and still grows may need what the largest
-    of its kind did, and one that is larger still may double: nobody knows, and it must be no surprise.
+    of its kind did; and where none has ended that was as large, it may double: nobody knows, and it must be
+    no surprise.
 
     Arguments:
         estimate: What was known when it was admitted.
@@ -212,5 +229,6 @@ def pending(estimate: Estimate, grown: int, *, growing: bool) -> int:
     """
     left = max(estimate.reserved - grown, 0)
     if growing and grown > estimate.reserved:
-        return max(estimate.most - grown, grown)
+        rest = max(estimate.most, estimate.ended) - grown
+        return rest if grown < estimate.ended else max(rest, grown)
     return left

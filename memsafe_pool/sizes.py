@@ -16,7 +16,7 @@ import json
 import os
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from celery.utils.log import get_logger
@@ -108,14 +108,8 @@ class Sizes:
         self.learned.learn(job.name, job.label, peak, hidden)
 
     def rise(self, job: Job, grown: int) -> None:
-        """Take note of what a job has taken that still runs, and was expected to need less (bytes).
-
-        It may then need as much as any of its kind did, those that run included.
-        """
-        self.learned.rise(job.name, job.label, grown)
-        most = self.learned.estimate(job.name, job.label).most
-        if job.estimate.known and most > job.estimate.most:
-            job.estimate = replace(job.estimate, most=most)
+        """Take note of what a job has taken that still runs, and was expected to need less (bytes)."""
+        job.estimate = self.learned.rise(job.name, job.label, job.estimate, grown)
 
     def _label(self, key: Callable[..., Any] | None, headers: dict[str, Any], job: Job) -> str:
         if key is not None:

@@ -98,6 +98,19 @@ def test_the_oldest_goes_on_first_and_nobody_passes():
     assert not watch.paused
 
 
+def test_those_that_may_be_large_go_on_one_by_one():
+    """Stopped while they were small, of a kind of which one was large: each shows first what it needs."""
+    watch = Watch(a=20, b=20, c=20)
+    for name in "bc":
+        watch.estimates[name] = Estimate(20 * MIB, 280 * MIB, known=True, ended=280 * MIB)
+    watch.look(60, a=0, b=0, c=0)
+    assert watch.look(50, a=10, b=5, c=5).stop == ["c", "b"]
+    assert watch.look(500, a=20, b=5, c=5, after=0.5).go_on == ["b"]
+    assert watch.look(400, a=20, b=105, c=5).go_on == []
+    assert watch.look(325, a=20, b=180, c=5, after=0.1).go_on == []
+    assert watch.look(490, a=20, b=20, c=5, after=2).go_on == ["c"]
+
+
 def test_a_leader_goes_on_as_soon_as_there_is_a_little():
     """Twice what is never used, however much it still needs."""
     watch = Watch(a=None)

@@ -95,10 +95,10 @@ def test_one_that_still_runs_raises_what_is_expected():
     """What has begun to need more may need it again; the next end corrects it."""
     found = learned(*[10] * RECENT)
     version = found.version
-    found.rise("add", None, 50 * MIB)
+    found.rise("add", None, UNKNOWN, 50 * MIB)
     assert found.estimate("add", None).reserved == mib(50)
     assert found.version > version
-    found.rise("add", None, 20 * MIB)
+    found.rise("add", None, UNKNOWN, 20 * MIB)
     assert found.estimate("add", None).reserved == mib(50)
     found.learn("add", None, 10 * MIB)
     assert found.estimate("add", None).reserved == mib(10, STEADY)
@@ -107,7 +107,7 @@ def test_one_that_still_runs_raises_what_is_expected():
 def test_nothing_rises_of_which_nothing_is_known():
     """An end is needed first."""
     found = Reservations()
-    found.rise("add", None, 50 * MIB)
+    found.rise("add", None, UNKNOWN, 50 * MIB)
     assert found.estimate("add", None) is UNKNOWN
 
 
@@ -177,6 +177,25 @@ def test_a_file_of_somebody_else_is_refused(rows):
 def test_what_is_still_to_come(grown, growing, left):
     """What is left of the reservation, and more for one that has passed it and grows."""
     assert pending(Estimate(100, 200, known=True), grown, growing=growing) == left
+
+
+@pytest.mark.parametrize(("grown", "left"), [(150, 150), (250, 50), (299, 1), (300, 300), (350, 350)])
+def test_one_that_stays_below_others_is_expected_to_end_there(grown, left):
+    """It is no larger than one that has ended; once it is, nobody knows."""
+    assert pending(Estimate(100, 300, known=True, ended=300), grown, growing=True) == left
+
+
+def test_what_still_runs_does_not_say_where_its_like_end():
+    """It raises what is thought possible, but not what is known of those that have ended."""
+    found = learned(*[10] * RECENT)
+    found.rise("add", None, UNKNOWN, 50 * MIB)
+    assert found.estimate("add", None).most == mib(50)
+    assert found.estimate("add", None).ended == mib(10, STEADY)
+    found.learn("add", None, 60 * MIB)
+    assert found.estimate("add", None).ended == mib(60)
+    before = Estimate(10 * MIB, 20 * MIB, known=True)
+    assert found.rise("add", None, before, 30 * MIB) == Estimate(10 * MIB, mib(60), known=True, ended=mib(60))
+    assert found.rise("add", None, UNKNOWN, 30 * MIB) is UNKNOWN
 
 
 def test_an_unknown_one_may_double():

@@ -275,7 +275,8 @@ def test_three_sizes_under_one_name(app, sizes):
         for kind, (peak, _, _) in kinds.items():
             sizes.learn(job_of(kind), peak)
     for kind, (peak, _, _) in kinds.items():
-        assert job_of(kind).estimate == Estimate(int(peak * STEADY), int(peak * STEADY), known=True), kind
+        expected = int(peak * STEADY)
+        assert job_of(kind).estimate == Estimate(expected, expected, known=True, ended=expected), kind
     # A little more of the same is no other kind: it would have to be learned anew.
     assert sized(sizes, app, task, "x" * 5200).label == job_of("large").label
 
