@@ -60,14 +60,29 @@ def pages() -> Pages | None:
     return Pages(*sums.values()) if found else None
 
 
-def look() -> Pages | None:
-    """Return :func:`pages`, and have :func:`most_grown` count from now on."""
-    found = pages()
+def look() -> int | None:
+    """Return how many bytes of the heap are in memory, and have :func:`most_grown` count from now on.
+
+    None where the kernel does not say. 0.2 ms for 20 MB where :func:`pages` takes 1 ms: ``mincore`` looks at
+    the page tables, not at each page.
+    """
     _last.clear()
-    if found is not None:
-        with suppress(ImportError, AttributeError, OSError):  # no ctypes in this Python, or no sbrk
-            _last.append((found.mapped - found.resident, _end()))
-    return found
+    # No ctypes in this Python, no such function, no /proc, or a hole in the heap.
+    with suppress(ImportError, AttributeError, OSError, ValueError, IndexError):
+        start, end = _start(), _end()
+        resident = _resident(start, end)
+        _last.append((end - start - resident, end))
+        return resident
+    return None
+
+
+def _resident(start: int, end: int) -> int:
+    import ctypes
+
+    flags = ctypes.create_string_buffer(-(-(end - start) // mmap.PAGESIZE))
+    if _functions().mincore(start, end - start, flags) < 0:
+        raise OSError("the kernel does not tell which pages are there")
+    return flags.raw.count(1) * mmap.PAGESIZE
 
 
 def most_grown() -> int | None:
@@ -112,14 +127,21 @@ def _forget_translations() -> None:
     mapping.close()
 
 
+def _start() -> int:
+    """Return where the heap begins; proc(5): the 47th field, or 45th after the name."""
+    with open("/proc/self/stat", "rb", buffering=0) as stat:
+        return int(stat.read(4096).rpartition(b")")[2].split()[44])
+
+
 def _end() -> int:
-    return int(_sbrk()(0))
+    return int(_functions().sbrk(0))
 
 
 @cache
-def _sbrk() -> Any:
+def _functions() -> Any:
     import ctypes
 
-    function = ctypes.CDLL(None).sbrk
-    function.argtypes, function.restype = [ctypes.c_ssize_t], ctypes.c_size_t
-    return function
+    library = ctypes.CDLL(None)
+    library.sbrk.argtypes, library.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_size_t
+    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    return library

@@ -372,8 +372,8 @@ class Meter:
         with self._heap.spend():
             try:
                 held = native.heap_bytes()
-                pages = heap.look() if self._on_glibc else None
-                self._free_bytes = max(pages.resident - held.in_use, 0) if pages else held.free
+                resident = heap.look() if self._on_glibc else None
+                self._free_bytes = held.free if resident is None else max(resident - held.in_use, 0)
             except OSError:
                 self._free_bytes = max(anonymous - self._trimmed_at, 0)  # not known here: it may be all
         self._free_at, self._free_read = anonymous, time.monotonic()
