@@ -6,11 +6,11 @@ import os
 import random
 import signal
 import threading
-from pathlib import Path
 
 import psutil
 import pytest
 from harness import processes
+from harness.worker import Worker
 
 pytestmark = pytest.mark.ours_only("a forkserver")
 
@@ -24,12 +24,6 @@ def worker(start_module_worker, broker_kind, request):
     return start_module_worker(
         "faulty", start_method="forkserver", broker=broker_kind, config=config, concurrency=4
     )
-
-
-def without_extension(worker):
-    """Keep the C helper from every interpreter of a worker."""
-    folder = Path(processes.__file__).parent / "no_extension"
-    worker.env["PYTHONPATH"] = os.pathsep.join([str(folder), worker.env["PYTHONPATH"]])
 
 
 def counts(worker):
@@ -152,7 +146,7 @@ def test_its_midwives_are_killed_where_they_are_forks(start_worker, tally):
     worker = start_worker(
         "faulty",
         start_method="forkserver",
-        prepare=without_extension,
+        prepare=Worker.hide_extension,
         config={"worker_max_tasks_per_child": 1},
         concurrency=4,
     )

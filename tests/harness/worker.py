@@ -119,6 +119,11 @@ class Worker:
             **extra,
         }
 
+    def hide_extension(self) -> None:
+        """Keep the C helper from every interpreter of the worker; before it is started."""
+        folder = Path(__file__).parent / "no_extension"
+        self.env["PYTHONPATH"] = os.pathsep.join([str(folder), self.env["PYTHONPATH"]])
+
     # Life
 
     def start(self, *, ready: bool = True) -> Worker:

@@ -90,27 +90,55 @@ def test_a_start_that_ends_slowly(start_worker, redis, start_method):
     assert worker.get(result) in worker.children()
 
 
-CRASHES = """
+CRASH_IN_A_CHILD = """
 import os
 
 worker = os.getpid()
 os.register_at_fork(after_in_child=lambda: worker == os.getppid() or os._exit(11))
 """
 
+CRASH_IN_A_FORK = """
+import ctypes, os, signal
 
-def test_whoever_is_to_fork_children_dies(start_worker):
-    """As with a library that crashes in each fork of a fork: it is not tried for ever, nor at full speed."""
+# Also in a fresh interpreter.
+worker = int(os.environ.setdefault("CRASHES_UNDER", str(os.getpid())))
+
+@ctypes.CFUNCTYPE(None)
+def before():
+    if worker not in (os.getpid(), os.getppid()):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ctypes.CDLL(None).__register_atfork(before, None, None, None)
+"""
+
+
+def start_crashing(start_worker, crashes, *, extension):
+    """Start a worker whose midwives die; give it a task."""
 
     def prepare(worker):
-        (worker.folder / "crashes.py").write_text(CRASHES)
+        (worker.folder / "crashes.py").write_text(crashes)
+        if not extension:
+            worker.hide_extension()
 
     worker = start_worker(
         "obstacle", start_method="forkserver", config={"imports": ["crashes"]}, prepare=prepare
     )
     worker.call("obstacle.pid")
     worker.wait_for_log(r"failed to start: whoever was to fork it has died, 11 times in a row")
+    return worker
+
+
+def test_midwives_that_are_forks_die(start_worker):
+    """As with a library that crashes in each fork of a fork: it is not tried for ever, nor at full speed."""
+    worker = start_crashing(start_worker, CRASH_IN_A_CHILD, extension=False)
     worker.wait_for_log("children failed to start 5 times in a row")
     assert worker.wait_exit() == os.EX_SOFTWARE
+
+
+def test_midwives_die_and_the_forkserver_with_them(start_worker):
+    """It is replaced each time, and that is not tried for ever."""
+    worker = start_crashing(start_worker, CRASH_IN_A_FORK, extension=True)
+    assert len(re.findall(r"The forkserver \(pid \d+\) has died", worker.log())) == 11
 
 
 @pytest.mark.parametrize(("method", "config", "step"), WAYS)

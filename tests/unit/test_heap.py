@@ -21,7 +21,7 @@ from memsafe_pool import heap, native
 
 def compare():
     resident, pages = heap.look(), heap.pages()
-    print(resident >> 20, abs(resident - pages.resident) >> 20, heap.most_grown() >> 20)
+    print(resident >> 20, abs(resident - pages.resident) >> 20, heap.most_grown() >> 20, flush=True)
 
 blocks = [bytes(1000) for _ in range(200_000)]
 kept = blocks[::100]
