@@ -8,26 +8,25 @@ import signal
 import pytest
 from billiard.exceptions import WorkerLostError
 from harness import processes
+from harness.worker import Worker
 
 pytestmark = pytest.mark.ours_only("how this pool takes faults")
 
-#: Each is a module that the interpreter imports by itself at its start.
-WITHOUT = {
-    "no pidfd_open": """
+#: Imported by every interpreter at its start.
+NO_PIDFD_OPEN = """
 import os
 del os.pidfd_open
-""",
-    "no extension": """
-import sys
-sys.modules["memsafe_pool._native"] = None
-""",
-}
+"""
 
 
-def prepare_without(worker, missing):
-    """Let this module be imported by every interpreter of the worker."""
-    (worker.folder / "sitecustomize.py").write_text(WITHOUT[missing])
+def without_pidfd_open(worker):
+    """As before Linux 5.3, for every interpreter of the worker."""
+    (worker.folder / "sitecustomize.py").write_text(NO_PIDFD_OPEN)
     worker.env["PYTHONPATH"] = os.pathsep.join([str(worker.folder), worker.env["PYTHONPATH"]])
+
+
+#: How to start a worker without it.
+WITHOUT = {"no pidfd_open": without_pidfd_open, "no extension": Worker.hide_extension}
 
 
 @pytest.fixture(scope="module", params=WITHOUT)
@@ -40,7 +39,7 @@ def worker(start_module_worker, start_method, missing):
     return start_module_worker(
         "faulty",
         start_method=start_method,
-        prepare=lambda worker: prepare_without(worker, missing),
+        prepare=WITHOUT[missing],
         concurrency=3,
     )
 
@@ -85,7 +84,7 @@ def test_children_that_end_at_once(start_worker, start_method, missing):
     """Children that end at their very start are noticed, and count as failed starts."""
 
     def prepare(worker):
-        prepare_without(worker, missing)
+        WITHOUT[missing](worker)
         (worker.folder / "stillborn.py").write_text(
             "import os\n"
             "from celery.signals import worker_process_init\n"
@@ -101,9 +100,7 @@ def test_children_that_end_at_once(start_worker, start_method, missing):
 
 def test_the_worker_ends(start_worker, start_method, missing):
     """When the worker is killed nothing is left."""
-    worker = start_worker(
-        "faulty", start_method=start_method, prepare=lambda worker: prepare_without(worker, missing)
-    )
+    worker = start_worker("faulty", start_method=start_method, prepare=WITHOUT[missing])
     gate = worker.gate()
     worker.call("faulty.hold", gate.path)
     gate.wait_started()
