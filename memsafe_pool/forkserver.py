@@ -221,6 +221,7 @@ class _Server:
         try:
             self.sock.close()
             sock = socket.socket(fileno=request.fds[0])
+            sock.set_inheritable(False)  # as any other descriptor: what tasks start must not have it
             upstream.become_child(request.name, request.slot, self.terms.worker_pid)
             terms = replace(self.terms, name=request.name, index=request.slot)
             child.run(self.app, sock, terms, midwife)

@@ -136,6 +136,7 @@ def start(sock: socket.socket, order: Order, env: Mapping[str, str]) -> int:
 def main(sock_fd: int, order_fd: int) -> NoReturn:
     """Run a fresh interpreter: read the order, import the app, fill the role."""
     sock = socket.socket(fileno=sock_fd)
+    sock.set_inheritable(False)  # it had to be, to come here; what tasks start must not have it
     with open(order_fd, "rb") as file:
         order: Order = pickle.load(file)
     if isinstance(order.role, child.Terms):

@@ -44,6 +44,13 @@ def test_children_are_the_worker_s_own(start_worker, start_method):
 
 
 @pytest.mark.also_start_method("fork")
+def test_what_tasks_start_has_none_of_our_descriptors(start_worker, start_method):
+    """It may outlive its child, and would hold the child's socket open."""
+    worker = start_worker("witness", start_method=start_method)
+    assert worker.run("witness.inherited") == [0, 1, 2]
+
+
+@pytest.mark.also_start_method("fork")
 @pytest.mark.parametrize("kind", ["redis", "filesystem"])
 def test_nobody_survives_the_worker(start_worker, start_method, kind):
     """SIGKILL for the worker: children at work, idle children and the forkserver are gone, too."""
