@@ -22,12 +22,15 @@ from dataclasses import dataclass
 from importlib import machinery
 from multiprocessing import spawn
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery.app.utils import find_app as find_app_by_argument
 from celery.utils.imports import import_from_cwd
 
 from memsafe_pool import child, forkserver, upstream
+
+if TYPE_CHECKING:
+    import click
 
 __all__ = ["AppName", "Order", "find_app", "main", "preparation", "start"]
 
@@ -72,10 +75,8 @@ def find_app(app: Any) -> AppName | None:
     import click
 
     context = click.get_current_context(silent=True)
-    if context is not None:
-        argument = context.find_root().params.get("app")
-        if isinstance(argument, str):
-            return AppName(argument=argument)
+    if context is not None and (argument := _app_argument(context.find_root())):
+        return AppName(argument=argument)
     app = upstream.unproxied(app)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in {"celery", "memsafe_pool"} or not isinstance(module, ModuleType):
@@ -84,6 +85,24 @@ def find_app(app: Any) -> AppName | None:
             if upstream.unproxied(value) is app and _can_be_imported(name, module):
                 return AppName(module=name, attribute=attribute)
     return None
+
+
+def _app_argument(root: click.Context) -> str | None:
+    """Return what ``-A`` or the environment named, or None."""
+    from click import UsageError
+    from click.core import ParameterSource
+
+    value = root.params.get("app")
+    given = root.get_parameter_source("app") in {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
+    if given and not isinstance(value, str):
+        # Before Celery 5.5 it is the app itself by now, so what was named is read once more.
+        option = next(param for param in root.command.params if param.name == "app")
+        try:
+            named, _, _ = root.command.make_parser(root).parse_args(sys.argv[1:])
+        except UsageError:
+            return None  # the command's arguments were others, as with worker_main
+        value, _ = option.consume_value(root, named)
+    return value if isinstance(value, str) else None
 
 
 def preparation(app: AppName) -> dict[str, Any]:

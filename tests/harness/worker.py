@@ -98,6 +98,8 @@ class Worker:
         self.env = self._environment(env or {})
         self.process: subprocess.Popen[bytes] | None = None
         self._app: Celery | None = None
+        # Up to Celery 5.4 a result that is collected while another one is waited for can lock up the client.
+        self._results: list[AsyncResult] = []
         self._gate_count = 0
         self._ended_on_purpose = False
 
@@ -284,12 +286,15 @@ class Worker:
             app.backend.client.close()
             app.backend.client.connection_pool.disconnect()
         app.close()
+        self._results.clear()
         kombu.pools.reset()  # kombu's pools are shared by all apps of a process
         self.broker.disconnect()
 
     def call(self, task: str, *args: Any, **options: Any) -> AsyncResult:
         """Send a task of the project module by its name; options are those of ``apply_async``."""
-        return self.app.send_task(task, args, **options)
+        result = self.app.send_task(task, args, **options)
+        self._results.append(result)
+        return result
 
     def signature(self, task: str, *args: Any, **options: Any) -> Signature:
         return self.app.signature(task, args=args, **options)

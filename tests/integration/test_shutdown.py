@@ -68,6 +68,7 @@ def test_warm_shutdown(start, open_broker, kind):
     assert start(broker=broker).get(waiting) == 3
 
 
+@pytest.mark.needs_celery("5.5")
 @pytest.mark.parametrize(
     ("kind", "signals"),
     [
@@ -95,6 +96,7 @@ def test_cold_shutdown(start, open_broker, kind, signals):
     assert not lost.successful()
 
 
+@pytest.mark.needs_celery("5.5")
 def test_cold_shutdown_by_another_signal(start, redis):
     """``REMAP_SIGTERM=SIGQUIT``: SIGTERM is a cold shutdown, too."""
     worker = start(broker=redis, env={"REMAP_SIGTERM": "SIGQUIT"})

@@ -81,7 +81,7 @@ def variables(*names):
 
 @app.task
 def inherited():
-    """Descriptors of a process that a task starts as the C library's ``system`` does: all that are let through."""
+    """Descriptors of a process that a task starts as the C library's ``system`` does."""
     listing = "import os; print(*[fd for fd in os.listdir('/dev/fd') if os.path.exists(f'/dev/fd/{fd}')])"
     command = [sys.executable, "-I", "-c", listing]
     done = subprocess.run(command, close_fds=False, capture_output=True, check=True, text=True)

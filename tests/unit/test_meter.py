@@ -49,7 +49,8 @@ ALLOWED_BYTES = MIB + MIB // 4
 
 def close(report, mib):
     assert report.exact, report
-    assert abs(report.peak - mib * MIB) <= max(ALLOWED_BYTES, 0.03 * mib * MIB), (report.peak / MIB, mib, report)
+    allowed = max(ALLOWED_BYTES, 0.03 * mib * MIB)
+    assert abs(report.peak - mib * MIB) <= allowed, (report.peak / MIB, mib, report)
 """
 
 
