@@ -45,8 +45,8 @@ def test_countdown_and_eta(worker):
 def spreads(worker, task):
     """Check that five tasks limited to two a second do not all start before their turn.
 
-    The first may start at once, the fifth two seconds after it was sent; delays only add to that. Celery 5.4 is
-    up to 0.3 s early, with any pool.
+    The first may start at once, the fifth two seconds after it was sent; delays only add to that. With any
+    pool Celery 5.4 is up to 0.3 s early.
     """
     sent = time.time()
     results = [worker.call(task) for _ in range(5)]
