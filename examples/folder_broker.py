@@ -23,10 +23,11 @@ class Channel(filesystem.Channel):
     """Writes messages whole."""
 
     def _put(self, queue, payload, **_ignored):
-        name = f"{time.monotonic_ns():020}_{uuid.uuid4()}.{queue}.msg"
+        name = f"{time.monotonic_ns():020}_{uuid.uuid4()}"
+        # The queue is not in this name: kombu 5.4 looks for it anywhere.
         draft = Path(self.data_folder_out, f"{name}.draft")
         draft.write_text(dumps(payload))
-        draft.rename(draft.with_suffix(""))
+        draft.rename(draft.with_name(f"{name}.{queue}.msg"))
 
 
 class Transport(filesystem.Transport):
