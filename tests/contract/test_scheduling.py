@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 
+import celery
 import pytest
+
+#: By so much may a task with a rate limit be early; by more before Celery 5.6, in any pool.
+EARLY_SECONDS = 0.1 if celery.VERSION[:2] >= (5, 6) else 0.5
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +49,12 @@ def test_countdown_and_eta(worker):
 def spreads(worker, task):
     """Check that five tasks limited to two a second do not all start before their turn.
 
-    The first may start at once, the fifth two seconds after it was sent; delays only add to that. With any
-    pool Celery 5.4 is up to 0.3 s early.
+    The first may start at once, the fifth two seconds after it was sent; delays only add to that.
     """
     sent = time.time()
     results = [worker.call(task) for _ in range(5)]
     assert worker.run("proj.add", 1, 1) == 2, "others pass by"
-    assert max(worker.get(result) for result in results) > sent + 1.5
+    assert max(worker.get(result) for result in results) > sent + 2 - EARLY_SECONDS
 
 
 def test_a_rate_limit_spreads_tasks(worker):
