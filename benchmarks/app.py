@@ -172,14 +172,6 @@ def fragment(self: Any, count: int, length: int, most: int, scattered: bool) -> 
     _done(self, sum(map(_block_bytes, objects)))
 
 
-@app.task(name="buffers", bind=True)
-def buffers(self: Any, count: int, size: int, keep: int) -> None:
-    """Have `count` buffers at a time, written to; keep `keep` bytes, made when all are there."""
-    blocks = [bytearray(size) for _ in range(count)]
-    _kept.append(bytes(keep))
-    _done(self, sum(map(len, blocks)))
-
-
 _cache: deque[bytes] = deque(maxlen=20)
 
 

@@ -37,12 +37,11 @@ def calls() -> dict[str, Callable[[], Any]]:
         "set_child_subreaper": (False,),
         "set_parent_death_signal": (0,),
     }
-    keywords = {"set_allocator_thresholds": {"mmap_bytes": 1 << 20, "trim_bytes": 4 << 20}}
     found = {}
     for name in native.__all__:
         function = getattr(native, name)
         if callable(function) and not isinstance(function, type):
-            found[name] = lambda f=function, n=name: f(*arguments.get(n, ()), **keywords.get(n, {}))
+            found[name] = lambda f=function, n=name: f(*arguments.get(n, ()))
     return found
 
 

@@ -11,7 +11,6 @@ import celery
 import fragmentation
 import idle_memory
 import jemalloc
-import large_buffers
 import many_children
 import native_calls
 import peak_accuracy
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 SCRIPTS = (
     *(idle_memory, burst_memory, ready_time, start_latency, shared_model, task_cpu, slow_imports),
     *(peak_accuracy, report_cost, many_children, accounting),
-    *(fragmentation, large_buffers, jemalloc, native_calls),
+    *(fragmentation, jemalloc, native_calls),
 )
 
 

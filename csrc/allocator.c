@@ -11,7 +11,6 @@
 #if defined(__linux__)
 
 #include <dlfcn.h>
-#include <limits.h>
 #include <stdbool.h>
 #include <stdlib.h> /* also defines __GLIBC__, where it is one */
 #include <string.h>
@@ -228,25 +227,6 @@ int ms_heap_bytes(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_b
     }
 }
 
-int ms_set_allocator_thresholds(int64_t mmap_bytes, int64_t trim_bytes, int arenas)
-{
-    if (mmap_bytes < -1 || mmap_bytes > INT_MAX || trim_bytes < -1 || trim_bytes > INT_MAX || arenas < -1)
-        return -EINVAL;
-#if defined(__GLIBC__)
-    if (ms_allocator() == MS_ALLOCATOR_GLIBC) {
-        /* The only one of the three that glibc itself can refuse, so it goes first. */
-        if (mmap_bytes >= 0 && !mallopt(M_MMAP_THRESHOLD, (int)mmap_bytes))
-            return -EINVAL;
-        if (trim_bytes >= 0)
-            mallopt(M_TRIM_THRESHOLD, (int)trim_bytes);
-        if (arenas >= 0)
-            mallopt(M_ARENA_MAX, arenas);
-        return 0;
-    }
-#endif
-    return -ENOSYS;
-}
-
 #else
 
 #if defined(__APPLE__)
@@ -277,14 +257,6 @@ int ms_heap_bytes(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_b
     *free_bytes = 0;
     *mmapped_bytes = 0;
     *in_use_bytes = 0;
-    return -ENOSYS;
-}
-
-int ms_set_allocator_thresholds(int64_t mmap_bytes, int64_t trim_bytes, int arenas)
-{
-    (void)mmap_bytes;
-    (void)trim_bytes;
-    (void)arenas;
     return -ENOSYS;
 }
 

@@ -52,17 +52,6 @@ int64_t ms_release_heap_bytes(void);
  */
 int ms_heap_bytes(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_bytes);
 
-/*
- * Fixes glibc's malloc parameters; -1 leaves one as it is. Blocks from mmap_bytes on get a mapping of their own, the
- * top of the heap is given back when it is above trim_bytes, and threads share at most so many arenas (0: automatic).
- * Setting either of the first two ends the dynamic adjustment of both, which is the point: left alone, glibc raises
- * the mmap threshold to the size of any freed mapping up to 32 MB, and the trim threshold to twice that.
- * arenas holds only if no more than 8 exist yet, and only for those to come. fork inherits all three, exec does not.
- * -EINVAL, with nothing changed: below -1, above INT_MAX, or what glibc refuses (before 2.35 mmap_bytes above 32 MB).
- * -ENOSYS when malloc is not glibc's.
- */
-int ms_set_allocator_thresholds(int64_t mmap_bytes, int64_t trim_bytes, int arenas);
-
 /* Memory of this process; Linux only, but for the peak */
 
 /*

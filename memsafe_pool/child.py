@@ -34,21 +34,8 @@ __all__ = ["Terms", "run", "send_failure", "tie_to_parent"]
 #: Bytes asked for in one read. Most tasks are smaller, and arrive in one piece.
 _READ_BYTES = 65536
 
-#: Blocks from this size on are mapped one by one, and so given back when they are freed; free memory at the
-#: end of the heap is given back from the second size on. glibc moves both up, to 32 and 64 MiB, as soon as
-#: large blocks are freed: 60 buffers of 8 MB then stay for ever.
-MMAP_BYTES, TRIM_BYTES = 1 << 20, 4 << 20
-
 #: poll() takes no more than 24 days.
 _LONGEST_WAIT_SECONDS = 86400.0
-
-#: Whoever sets one of these knows better.
-_ALLOCATOR_VARIABLES = (
-    "GLIBC_TUNABLES",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-    "MALLOC_TRIM_THRESHOLD_",
-)
 
 #: How much sooner the kernel ends a child than the worker when memory is out: as if the child had this many
 #: thousandths of the memory more.
@@ -151,11 +138,12 @@ def _begin(app: Any, sock: socket.socket, terms: Terms, midwife: int) -> tuple[_
     signals = _Signals()
     try:
         tie_to_parent(terms.worker_pid, midwife)
-        heap_end_bytes = _set_up_memory()
+        with contextlib.suppress(OSError):  # not on this platform, or forbidden
+            native.raise_oom_score_adj(OOM_SCORE)
         upstream.prepare_process(app, terms.hostname)
         signals.install()
         upstream.send_process_init(terms.hostname)
-        meter = Meter(terms.trim_bytes, terms.trim_idle, heap_end_bytes)
+        meter = Meter(terms.trim_bytes, terms.trim_idle)
     except _Leave:
         raise
     except BaseException:  # noqa: BLE001 - whatever it is, the worker logs it
@@ -164,22 +152,6 @@ def _begin(app: Any, sock: socket.socket, terms: Terms, midwife: int) -> tuple[_
     report = meter.report()
     sock.sendall(wire.head(wire.UP, len(report), os.getpid(), 0.0) + report)
     return signals, meter
-
-
-def _set_up_memory() -> int | None:
-    """Have the allocator give large blocks back at once, and the kernel spare the worker.
-
-    Returns the allocator's trim threshold in bytes, or None if it was not set.
-    """
-    with contextlib.suppress(OSError):  # not on this platform, or forbidden
-        native.raise_oom_score_adj(OOM_SCORE)
-    if any(name in os.environ for name in _ALLOCATOR_VARIABLES):
-        return None
-    try:
-        native.set_allocator_thresholds(mmap_bytes=MMAP_BYTES, trim_bytes=TRIM_BYTES)
-    except OSError:
-        return None  # not with this allocator
-    return TRIM_BYTES
 
 
 def send_failure(sock: socket.socket) -> None:

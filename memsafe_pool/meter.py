@@ -77,12 +77,6 @@ SMALL_BYTES = 64 << 10
 #: Seconds without work before another trim at least, when the last one has won little.
 LEAST_DELAY_SECONDS = 1.0
 
-#: A trim threshold that is never reached; the largest number that the allocator takes.
-_NEVER = 2**31 - 1
-
-#: Freeing a block of this size makes glibc look at the end of its heap.
-_TRIGGER_BYTES = 128 << 10
-
 _PAGE_BYTES = resource.getpagesize()
 
 
@@ -92,7 +86,6 @@ class Meter:
     Arguments:
         trim_bytes: Growth in bytes since the last trim that makes another one worth it.
         trim_idle: Seconds without work before a trim, or None for never.
-        heap_end_bytes: The allocator's trim threshold, where it was set by us; else None.
 
     Attributes:
         doubtful: Whether the task that runs may find so much free heap that its peak is not seen.
@@ -101,10 +94,9 @@ class Meter:
         worth_trimming: Whether it has grown by enough since the last trim.
     """
 
-    def __init__(self, trim_bytes: int, trim_idle: float | None, heap_end_bytes: int | None = None) -> None:
+    def __init__(self, trim_bytes: int, trim_idle: float | None) -> None:
         self._trim_bytes, self._trim_idle = trim_bytes, trim_idle
         self._delay = trim_idle or 0.0
-        self._heap_end_bytes = heap_end_bytes
         self._looking = Expense(allowance=ALLOWANCE_SECONDS, early=EARLY_SECONDS)
         self._heap, self._private = Expense(delay=START_SECONDS), Expense(delay=START_SECONDS)
         self._on_glibc = native.allocator() == "glibc"
@@ -174,9 +166,6 @@ class Meter:
                 pages = heap.pages()
                 if pages is not None and heap.forget_references():
                     self._heap_before, self._packed = pages.resident, b""
-                    if self._heap_end_bytes is not None:
-                        # What the task frees at the end of the heap has to stay until it was counted.
-                        native.set_allocator_thresholds(trim_bytes=_NEVER)
 
     def end(self, size: int = 0) -> bytes:
         """Return the report on the task that began last, packed.
@@ -196,8 +185,6 @@ class Meter:
         reused, hidden = 0, self._hideable if self.doubtful else 0
         if self._heap_before is not None:
             reused, hidden = self._reused(self._heap_before, after.anonymous)
-            # The end of the heap has been given back meanwhile.
-            after = self._measure()._replace(peak=after.peak)
         grown_files, gone_files = self._grown_files(before, after)
         if self._failed:
             peak, hidden = 0, max(before.anonymous, 1)
@@ -289,9 +276,6 @@ class Meter:
         """
         with self._looking.spend():
             pages = heap.pages()
-        if self._heap_end_bytes is not None:
-            native.set_allocator_thresholds(trim_bytes=self._heap_end_bytes)
-            bytearray(_TRIGGER_BYTES)
         if pages is None:
             return 0, self._hideable
         now = pages.resident

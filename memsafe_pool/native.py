@@ -43,7 +43,6 @@ __all__ = [
     "raise_oom_score_adj",
     "release_heap",
     "reset_peak",
-    "set_allocator_thresholds",
     "set_child_subreaper",
     "set_parent_death_signal",
 ]
@@ -82,7 +81,6 @@ class _Library(Protocol):
     def ms_allocator(self) -> int: ...
     def ms_release_heap_bytes(self) -> int: ...
     def ms_heap_bytes(self, free_bytes: Any, mmapped_bytes: Any, in_use_bytes: Any, /) -> int: ...
-    def ms_set_allocator_thresholds(self, mmap_bytes: int, trim_bytes: int, arenas: int, /) -> int: ...
     def ms_own_memory_bytes(self, resident_bytes: Any, anonymous_bytes: Any, /) -> int: ...
     def ms_peak_resident_bytes(self) -> int: ...
     def ms_measure(self, numbers: Any, /) -> int: ...
@@ -141,8 +139,6 @@ def missing() -> list[str]:
         phrases.append("the C extension is not built, so calls through ctypes and /proc are slower")
     if name not in _RELEASING:
         phrases.append(f"free heap cannot be given back ({name} allocator)")
-    if name != "glibc":
-        phrases.append(f"allocator thresholds cannot be set ({name} allocator)")
     if not (_has_mallinfo2() if name == "glibc" else name in {"jemalloc", "tcmalloc"} and HAVE_EXTENSION):
         phrases.append(f"free heap cannot be measured ({name} allocator)")
     for phrase, probe in (
@@ -208,24 +204,6 @@ def heap_bytes() -> HeapBytes:
     cells = _new_cell(), _new_cell(), _new_cell()
     _checked(_library.ms_heap_bytes, *cells)
     return HeapBytes(*(int(cell[0]) for cell in cells))
-
-
-def set_allocator_thresholds(
-    *, mmap_bytes: int | None = None, trim_bytes: int | None = None, arenas: int | None = None
-) -> None:
-    """Fix parameters of glibc's malloc for this process and those it forks; None leaves one alone.
-
-    Blocks of `mmap_bytes` or more get a mapping of their own, which goes back to the kernel when they
-    are freed. The heap's end goes back when more than `trim_bytes` of it is free. Threads share at most
-    `arenas` heaps, if there are not more than 8 yet; 0 means automatic. Setting either of the first two
-    turns off the dynamic adjustment of both, by which glibc keeps up to 64 MB and more of large blocks
-    that were freed. It is lost by exec. 1 us.
-
-    Raises OSError: EINVAL, with nothing changed, for a value that is negative, above 2 GB or refused by
-    glibc (`mmap_bytes` above 32 MB before 2.35), ENOSYS with another allocator.
-    """
-    values = (-1 if value is None else value for value in (mmap_bytes, trim_bytes, arenas))
-    _checked(_library.ms_set_allocator_thresholds, *values)
 
 
 def own_memory() -> OwnMemory:

@@ -25,11 +25,6 @@ class CtypesLibrary:
     that a fork or a closed descriptor could spoil.
     """
 
-    # <malloc.h>
-    M_TRIM_THRESHOLD = -1
-    M_MMAP_THRESHOLD = -3
-    M_ARENA_MAX = -8
-    INT_MAX = 2**31 - 1
     # The members of struct mallinfo2; those that are not used have the names of their places.
     MALLINFO2 = ("_0", "_1", "_2", "_3", "hblkhd", "_5", "_6", "uordblks", "fordblks", "_9")
 
@@ -76,23 +71,6 @@ class CtypesLibrary:
             in_use_bytes[0] = heap.uordblks
             return 0
         return -errno.ENOSYS
-
-    def ms_set_allocator_thresholds(self, mmap_bytes: int, trim_bytes: int, arenas: int, /) -> int:
-        import ctypes
-
-        if not all(-1 <= value <= self.INT_MAX for value in (mmap_bytes, trim_bytes, arenas)):
-            return -errno.EINVAL
-        if ALLOCATORS[self.ms_allocator()] != "glibc":
-            return -errno.ENOSYS
-        mallopt = self._function("mallopt")
-        mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-        if mmap_bytes >= 0 and not mallopt(self.M_MMAP_THRESHOLD, mmap_bytes):
-            return -errno.EINVAL
-        if trim_bytes >= 0:
-            mallopt(self.M_TRIM_THRESHOLD, trim_bytes)
-        if arenas >= 0:
-            mallopt(self.M_ARENA_MAX, arenas)
-        return 0
 
     def ms_own_memory_bytes(self, resident_bytes: Any, anonymous_bytes: Any, /) -> int:
         try:

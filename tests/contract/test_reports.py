@@ -139,22 +139,19 @@ def test_never_means_never(untrimmed):
     assert psutil.Process(child).memory_info().rss > resident - 5 * MIB
 
 
-@pytest.mark.skipif(not psutil.LINUX or "musl" in sys.version, reason="glibc's thresholds")
-def test_large_blocks_go_back_at_once(untrimmed):
-    """60 blocks of 8 MiB that are freed leave nothing behind, without a trim."""
-    before, after = untrimmed.run("proj.buffers", 60, 8)
-    assert after < 1.25 * before
+def test_large_blocks_go_back_when_idle(worker):
+    """60 blocks of 8 MiB that were freed are gone soon after, whatever the allocator has kept of them."""
+    child = worker.run("proj.pid")
+    before, _ = worker.run("proj.buffers", 60, 8)
+    worker.until(lambda: psutil.Process(child).memory_info().rss < 1.25 * before, "the memory to go back")
 
 
-def test_who_sets_the_allocator_is_not_overruled(start_worker, start_method):
-    """With ``GLIBC_TUNABLES`` in the environment children leave glibc's thresholds as they are."""
-    worker = start_worker(
-        "proj",
-        start_method=start_method,
-        prepare=lambda worker: worker.env.update(GLIBC_TUNABLES="glibc.malloc.perturb=0"),
-    )
-    before, after = worker.run("proj.buffers", 60, 8)
-    assert after > 2 * before
+def test_the_allocator_is_left_alone(untrimmed):
+    """Blocks of 2 MiB that are freed and taken again are not mapped anew each time; in prefork neither.
+
+    Mapped anew, 300 rounds of two of them are 307,200 page faults.
+    """
+    assert untrimmed.run("proj.faults", 2, 300) < 20_000
 
 
 def test_the_kernel_is_to_take_children_first(worker):
@@ -195,6 +192,4 @@ def test_without_the_extension_it_is_the_same(start_worker, start_method):
         assert worker.run("proj.small_blocks", mib) == child
         assert close(peaks_of(worker, "proj.small_blocks", count)["last"], mib)
     worker.until(lambda: memsafe(worker)["trims"], "the child to give memory back")
-    before, after = worker.run("proj.buffers", 60, 8)
-    assert after < 1.25 * before
     assert worker.log().count("Memory of children is looked after") == 1

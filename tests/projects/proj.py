@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -309,6 +310,17 @@ def buffers(count, mib):
         kept.append([bytes(100_000) for _ in range(20)])
         del blocks
     return before, resident_bytes()
+
+
+@app.task
+def faults(mib, rounds):
+    """Take two blocks of this size and free them, again and again; page faults of all rounds."""
+    bytearray(b"x") * (20 * MIB)  # a large block that is freed, as most programs have one
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        blocks = [bytearray(b"x") * (mib * MIB) for _ in range(2)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 @app.task(bind=True)
