@@ -33,6 +33,7 @@ import gc
 import os
 import pickle
 import posix
+import resource
 import signal
 import socket
 import struct
@@ -60,6 +61,7 @@ __all__ = [
     "Role",
     "begin_as_fork",
     "cut_off",
+    "is_descendant",
     "open_descriptors",
     "preload",
     "send_failure",
@@ -75,6 +77,13 @@ FORKED, FORK_FAILED, LOST = "forked", "fork failed", "lost"
 
 #: What a midwife leaves behind: the child's pid, or -errno.
 _RESULT = struct.Struct("=q")
+
+#: ``RLIMIT_LOCKS``, which Linux has not looked at since 2.4.25.
+_MARKED_LIMIT = 10
+
+#: The forkserver sets that limit to the sum of this and the worker's pid: a mark that all its descendants
+#: inherit, by fork and exec, and keep when they have ended.
+_MARK = 1 << 30
 
 #: Seconds that a thread which was joined may take to leave.
 _JOIN_SECONDS = 0.5
@@ -177,8 +186,19 @@ def settle(role: Role) -> None:
     for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with contextlib.suppress(OSError, ValueError):  # not in gVisor, or above the hard limit
+        hard = resource.getrlimit(_MARKED_LIMIT)[1]
+        resource.setrlimit(_MARKED_LIMIT, (_MARK + role.terms.worker_pid, hard))
     child.tie_to_parent(role.terms.worker_pid)
     upstream.become_child("ForkServer", None, role.terms.worker_pid)
+
+
+def is_descendant(pid: int) -> bool:
+    """Whether a process, which may have ended, descends from a forkserver of this one. Runs in the worker."""
+    try:
+        return resource.prlimit(pid, _MARKED_LIMIT)[0] == _MARK + os.getpid()
+    except (OSError, ValueError):
+        return False  # another user's, or gone
 
 
 def _send(sock: socket.socket, kind: str, *rest: Any) -> None:

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -175,7 +175,7 @@ class Forkserver:
             self._ending[self.pid] = time.monotonic() + STOP_SECONDS
         self._sock, self.pid, self.ready = None, 0, False
         self._again_at = math.inf
-        self._adoption.close(known=[*self.owner.pids(), *self._ending])
+        self._adoption.close()
         asked, self._asked = list(self._asked.values()), {}
         return asked
 
@@ -252,7 +252,7 @@ class Forkserver:
             else:
                 self._on_silence([child])
         if not self._asked:
-            self._adoption.close(known=[*self.owner.pids(), *self._ending, self.pid])
+            self._adoption.close()
 
     def _on_death(self) -> None:
         was_ready, pid = self.ready, self.pid
@@ -315,7 +315,7 @@ class Forkserver:
             self._begin_again()
         self._ask()
         self._reap(now)
-        self._adoption.reap()
+        self._adoption.reap([*self.owner.pids(), *self._ending, self.pid], self._asked)
 
     def _reap(self, now: float) -> None:
         for pid, deadline in list(self._ending.items()):
@@ -327,44 +327,49 @@ class Forkserver:
 
 
 class _Adoption:
-    """The time during which the worker adopts orphans.
+    """What the worker adopts while its forkserver makes children.
 
-    A subreaper also adopts what tasks have left behind. Such processes become children of
-    the worker that nobody waits for; those that came while the flag was set are
-    remembered, and reaped some time after they have ended: one of them may be another thread's, which
-    waits for it.
+    A subreaper also becomes the parent of what other processes below it leave behind. The kernel does not
+    tell those from programs that other code of the worker has started, and may wait for at any time. So what
+    is reaped is only what descends from the forkserver, by the mark that it has inherited.
     """
 
     def __init__(self) -> None:
         self._open = False
         self._before = False
-        self._orphans: set[int] = set()
         self._ended: set[int] = set()
+        self._unanswered: set[int] = set()
 
     def open(self) -> None:
         if not self._open:
             self._before = native.get_child_subreaper()
-            # Before the flag is set: a child that dies wakes the worker, which starts another, while the
-            # kernel has yet to find new parents for what the dead one leaves.
-            self._known_before = _own_children()
             native.set_child_subreaper(True)
             self._open = True
 
-    def close(self, known: list[int] | None = None) -> None:
+    def close(self) -> None:
         if self._open:
             native.set_child_subreaper(self._before)
             self._open = False
-            if known is not None:
-                # Without a descriptor to look with an orphan may stay until the worker ends.
-                with contextlib.suppress(OSError):
-                    self._orphans |= _own_children() - self._known_before - set(known)
 
-    def reap(self) -> None:
-        """Reap those that had ended at the last call already."""
-        for pid in self._ended:
+    def reap(self, known: Iterable[int], unanswered: Iterable[int]) -> None:
+        """Reap what our children have left behind, if it had ended at the last call already.
+
+        Arguments:
+            known: Pids that are reaped elsewhere.
+            unanswered: Requests to the forkserver. A child may have ended before its pid is known here: so
+                nothing is reaped until those are answered that were unanswered at the last call.
+        """
+        unanswered = set(unanswered)
+        if self._unanswered & unanswered:
+            return
+        ended = {
+            pid
+            for pid in _own_children().difference(known)
+            if forkserver.is_descendant(pid) and _has_ended(pid)
+        }
+        for pid in self._ended & ended:
             _reaped(pid)
-        self._orphans -= self._ended
-        self._ended = {pid for pid in self._orphans if _has_ended(pid)}
+        self._ended, self._unanswered = ended, unanswered
 
 
 def _has_ended(pid: int) -> bool:
@@ -372,7 +377,7 @@ def _has_ended(pid: int) -> bool:
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
-        return True
+        return False  # somebody else has reaped it
 
 
 def _reaped(pid: int) -> bool:
@@ -384,13 +389,11 @@ def _reaped(pid: int) -> bool:
 
 
 def _own_children() -> set[int]:
-    """Return the pids of this process's children; empty where the kernel does not say.
-
-    Raises:
-        OSError: No descriptor is left.
-    """
+    """Return the pids of this process's children; without some or all where the kernel does not say."""
     pids: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
-            pids.update(map(int, (task / "children").read_text().split()))
+    # The thread has just ended, or no descriptor is left.
+    with contextlib.suppress(OSError):
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):
+                pids.update(map(int, (task / "children").read_text().split()))
     return pids
