@@ -13,7 +13,6 @@ has gone.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.utils.log import get_logger
 
-from memsafe_pool import upstream, wire
+from memsafe_pool import signals, upstream, wire
 from memsafe_pool.fleet import Child, Fleet, State
 from memsafe_pool.start import Origin, Owner, Spawn, StartMethod
 
@@ -155,9 +154,8 @@ class Crew:
             return
         child.pid = pid
         self.fleet.by_pid[pid] = child
-        # Without pidfd_open (before Linux 5.3, macOS) the end of the socket and the tick have to do.
-        with contextlib.suppress(AttributeError, OSError):
-            child.sentinel = os.pidfd_open(pid)
+        child.sentinel = signals.open_pidfd(pid)
+        if child.sentinel >= 0:  # else the end of the socket and the tick have to do
             self.hub.add_reader(child.sentinel, self.post, self._reap, child)
         if child.state is State.LEAVING:
             child.signal(signal.SIGKILL)  # nobody knew whom to signal until now
@@ -306,12 +304,12 @@ class Crew:
             and self._killed_by_kernel()
         )
         child.link.close()
+        self.fleet.move(child, State.GONE)
+        self._watch.gone(child)  # from here on it does not use the pidfd
         if child.sentinel >= 0:
             self.hub.remove(child.sentinel)
             os.close(child.sentinel)
             child.sentinel = -1
-        self.fleet.move(child, State.GONE)
-        self._watch.gone(child)
         _log_end(child, exitcode, failed=failed, by_kernel=by_kernel)
         self._listener.on_gone(child, exitcode, failed=failed, by_kernel=by_kernel)
 

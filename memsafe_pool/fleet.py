@@ -6,12 +6,11 @@ supervisor reads it. What runs in a child is in ``child``.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from memsafe_pool import signals
 from memsafe_pool.link import Link
 from memsafe_pool.wire import Report
 
@@ -37,7 +36,7 @@ class Child:
     Attributes:
         index: Slot number from 0; the lowest free one is taken.
         pid: 0 until it is known.
-        sentinel: A descriptor that is readable when the process has ended, or -1.
+        sentinel: Its pidfd, which is readable when the process has ended, or -1.
         born: When it was started, ``idle_since``: when it last became idle (monotonic seconds).
         tasks: Tasks it has ended.
         report: What it last said of its memory; all 0 before it was ready.
@@ -131,21 +130,15 @@ class Child:
 
     def signal(self, signum: int) -> bool:
         """Send a signal; return whether there was somebody to get it."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or another user by now
-            if self.pid and not self.reaped:
-                os.kill(self.pid, signum)
-                return True
-        return False
+        return bool(self.pid) and not self.reaped and signals.send(self.pid, self.sentinel, signum)
 
     def signal_group(self, signum: int) -> None:
         """Send a signal to it, and to what it has started if it made itself a group leader.
 
         Billiard does the same at a hard time limit.
         """
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.pid and not self.reaped:
-                send = os.killpg if os.getpgid(self.pid) == self.pid else os.kill
-                send(self.pid, signum)
+        if self.pid and not self.reaped:
+            signals.send_to_group(self.pid, self.sentinel, signum)
 
     def __repr__(self) -> str:
         return f"{self.name} (pid {self.pid or '?'}, {self.state.value}, {self.tasks} tasks)"

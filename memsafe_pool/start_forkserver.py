@@ -28,7 +28,7 @@ from typing import cast
 
 from celery.utils.log import get_logger
 
-from memsafe_pool import forkserver, native, start
+from memsafe_pool import forkserver, native, signals, start
 from memsafe_pool.fleet import Child, State
 
 __all__ = ["Forkserver"]
@@ -55,7 +55,7 @@ class Forkserver:
     def __init__(self, owner: start.Owner, origin: start.Origin) -> None:
         self.owner = owner
         self.origin = origin
-        self.pid = 0
+        self.pid, self._pidfd = 0, -1
         self.ready = False
         self._begun_at = 0.0
         self._again_at = math.inf
@@ -63,7 +63,7 @@ class Forkserver:
         self._waiting: deque[tuple[Child, socket.socket]] = deque()
         self._asked: dict[int, Child] = {}
         self._numbers = itertools.count(1)
-        self._ending: dict[int, float] = {}
+        self._ending: dict[int, tuple[int, float]] = {}
         self._in_vain = 0
         self._adoption = _Adoption()
 
@@ -116,7 +116,7 @@ class Forkserver:
         """End a forkserver that does not answer: the next one may."""
         if self.pid:
             logger.warning("The forkserver (pid %s) does not answer, and is killed.", self.pid)
-            os.kill(self.pid, signal.SIGKILL)
+            signals.send(self.pid, self._pidfd, signal.SIGKILL)
 
     @property
     def stopped(self) -> bool:
@@ -152,7 +152,7 @@ class Forkserver:
                 ours.close()
                 raise
         ours.setblocking(False)
-        self.pid, self._sock, self.ready = pid, ours, False
+        self.pid, self._pidfd, self._sock, self.ready = pid, signals.open_pidfd(pid), ours, False
         self._begun_at = time.monotonic()
         self.attach()
 
@@ -172,8 +172,8 @@ class Forkserver:
                 self.owner.hub.remove(self._sock.fileno())
             self._sock.close()
         if self.pid:
-            self._ending[self.pid] = time.monotonic() + STOP_SECONDS
-        self._sock, self.pid, self.ready = None, 0, False
+            self._ending[self.pid] = self._pidfd, time.monotonic() + STOP_SECONDS
+        self._sock, self.pid, self._pidfd, self.ready = None, 0, -1, False
         self._again_at = math.inf
         self._adoption.close()
         asked, self._asked = list(self._asked.values()), {}
@@ -318,12 +318,13 @@ class Forkserver:
         self._adoption.reap([*self.owner.pids(), *self._ending, self.pid], self._asked)
 
     def _reap(self, now: float) -> None:
-        for pid, deadline in list(self._ending.items()):
+        for pid, (pidfd, deadline) in list(self._ending.items()):
             if _reaped(pid):
                 del self._ending[pid]
+                if pidfd >= 0:
+                    os.close(pidfd)
             elif now > deadline:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                signals.send(pid, pidfd, signal.SIGKILL)
 
 
 class _Adoption:

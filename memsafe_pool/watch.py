@@ -259,9 +259,9 @@ class Watch:
             changed = []
             for run in list(self._runs.values()):
                 run.growing = run.job in decision.growing
-                if run.job in decision.stop and self._signal(run.child, signal.SIGSTOP):
+                if run.job in decision.stop and run.child.signal(signal.SIGSTOP):
                     changed.append((run, True))
-                elif run.job in decision.go_on and self._signal(run.child, signal.SIGCONT):
+                elif run.job in decision.go_on and run.child.signal(signal.SIGCONT):
                     changed.append((run, False))
             passed = [(run, soft) for run in list(self._runs.values()) if (soft := run.passed()) is not None]
             wait = min(decision.wait, LIMITED_SECONDS) if self._any_limited() else decision.wait
@@ -338,11 +338,4 @@ class Watch:
 
     def _forget(self, run: _Run) -> None:
         if self._pauses.forget(run.job):
-            self._signal(run.child, signal.SIGCONT)
-
-    def _signal(self, child: Child, signum: int) -> bool:
-        try:
-            os.kill(child.pid, signum)
-        except OSError:
-            return False  # it is about to be reaped
-        return True
+            run.child.signal(signal.SIGCONT)
