@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from celery.utils.log import get_logger
 
 from memsafe_pool import announce, budget
 from memsafe_pool.gauge import Gauge
+from memsafe_pool.kernel_kills import KernelKills
 from memsafe_pool.neighbours import Neighbours, key
 from memsafe_pool.pauses import STUCK_SECONDS, STUCK_SHARED_SECONDS, Pauses
 from memsafe_pool.probe import Probe
@@ -38,9 +38,6 @@ logger = get_logger(__name__)
 
 #: Seconds between two writes of what was learned of tasks.
 SAVE_SECONDS = 60.0
-
-#: A child may take so many ticks to end after the kernel has counted its kill.
-KILL_TICKS = 3
 
 #: What the kernel has for each child: page tables, stacks, sockets.
 KERNEL_BYTES = 2 << 20
@@ -96,8 +93,7 @@ class Steward:
         self.gauge = Gauge(Probe(on_warning=_warn))
         # What was acted on: the gauge reads anew by itself, whenever it is asked.
         self._known = reading = self.gauge.reading
-        self._kills_told = reading.oom_kills or 0
-        self._kills_known = deque([self._kills_told], maxlen=KILL_TICKS)
+        self._kills = KernelKills(reading, lambda: list(fleet.children), self.describe)
         self.budget = budget.find(terms.budget, reading.lowest_limit_bytes)
         self.room = Room(self.budget.bytes)
         self._pauses = Pauses(terms.cores, enabled=terms.pause)
@@ -148,18 +144,9 @@ class Steward:
     # -- now and then
 
     def tick(self, ledger: Ledger, forkserver: int | None) -> bool:
-        """Follow the memory limit, and who shares it; return whether the budget is another one."""
+        """Follow the limit, who shares it, and the kernel's kills; return whether the budget has changed."""
         before, reading = self._known, self.watch.refresh()
         self._known = reading
-        # What the kernel has killed some looks ago is no reason for a child that ends from now on.
-        moved = reading.cgroup != before.cgroup
-        kills = reading.oom_kills or 0
-        if moved:
-            self._kills_told = kills
-            self._kills_known.clear()
-        elif len(self._kills_known) == KILL_TICKS:
-            self._kills_told = max(self._kills_told, self._kills_known[0])
-        self._kills_known.append(kills)
         changed = reading.lowest_limit_bytes != before.lowest_limit_bytes
         if changed:
             logger.warning(
@@ -173,6 +160,7 @@ class Steward:
             self.watch.budget, self.room.budget = self.budget, self.budget.bytes
             if self.budget.warning:
                 logger.warning("%s", self.budget.warning)
+        self._kills.tick(reading, forkserver)
         if key(reading) != key(before):
             self._neighbours.close()
             self._neighbours = Neighbours(key(reading), on_warning=_warn)
@@ -243,12 +231,8 @@ class Steward:
         )
 
     def killed_by_kernel(self) -> bool:
-        """Whether the kernel has killed somebody for want of memory; each of its kills is told once."""
-        reading = self.watch.refresh()
-        if (reading.oom_kills or 0) <= self._kills_told or reading.cgroup != self._known.cgroup:
-            return False
-        self._kills_told += 1
-        return True
+        """Whether the kernel has killed a child for want of memory; each of its kills is told once."""
+        return self._kills.claim(self.watch.refresh())
 
 
 def _warn(text: str) -> None:

@@ -12,6 +12,8 @@ import pytest
 from harness import processes
 from harness.waiting import DEADLINE
 
+from memsafe_pool import MemoryLimitExceeded
+
 pytestmark = pytest.mark.ours_only("other pools do not ask the kernel")
 
 #: MiB: the limit, and what an idle child has, so that it is the largest by far.
@@ -30,6 +32,45 @@ while kills() == before:
 print("killed", flush=True)
 sys.stdin.read()
 """
+
+#: A program that does little for some seconds, and then takes more than there is at once.
+LEAP = """
+import sys, time
+seconds, mib = map(int, sys.argv[1:])
+time.sleep(seconds)
+bytearray(b"x") * (mib << 20)
+"""
+
+#: The same in a cgroup, as the first that the kernel would kill.
+STRANGER = """
+import sys
+open("/proc/self/oom_score_adj", "w").write("1000")
+open(sys.argv[1], "w").write("0")
+bytearray(b"x") * (int(sys.argv[2]) << 20)
+"""
+
+#: Runs a command in a cgroup, and shows it that cgroup as the highest one, without the limits above it.
+HIDDEN = {
+    1: """
+        set -e
+        inner=$1 top=$2 folder=$3; shift 3
+        echo $$ > "$inner/cgroup.procs"
+        sed "s/^hierarchical_memory_limit .*/hierarchical_memory_limit 9223372036854771712/" \\
+            "$inner/memory.stat" > "$folder/stat"
+        mkdir "$folder/inner"
+        mount --bind "$inner" "$folder/inner"
+        umount "$top"
+        mount --move "$folder/inner" "$top"
+        mount --bind "$folder/stat" "$top/memory.stat"
+        exec "$@"
+        """,
+    2: """
+        set -e
+        inner=$1 top=$2; shift 3
+        echo $$ > "$inner/cgroup.procs"
+        exec unshare --cgroup --mount sh -c 'mount -t cgroup2 none "$0" && exec "$@"' "$top" "$@"
+        """,
+}
 
 KILLED = r"exited with 'signal 9 \(SIGKILL\)': the kernel has killed it, as memory was out"
 
@@ -96,4 +137,46 @@ def test_a_child_that_starts(start_contained, cgroup):
     assert worker.run("obstacle.pid")
     worker.wait_for_log(
         r"failed to start: it ended before it was ready: signal 9 \(SIGKILL\): the kernel has killed it, "
+    )
+
+
+def test_a_program_of_a_task(start_contained, cgroup):
+    """It is no child of ours, and no less dead: the log says what it was, and whose."""
+    worker = start_contained(cgroup, "faulty", start_method="forkserver")
+    assert worker.run("faulty.run_program", LEAP, 4, LIMIT) == -signal.SIGKILL
+    worker.wait_for_log(
+        rf"Memory was out, and the kernel has killed 1 process in {cgroup.folder}, no child of this pool: "
+        r"it may have been python\S* \(pid \d+, \d+ MiB when looked at last\) of faulty\.run_program "
+        rf"in ForkServerPoolWorker-\d+\. Limit {LIMIT} MiB"
+    )
+    assert "cannot be seen" not in worker.log()
+
+
+def test_a_stranger(start_contained, cgroup):
+    """A process under the same limit of which the pool knows nothing: that is said, too."""
+    worker = start_contained(cgroup)
+    worker.run("proj.pid")
+    command = [sys.executable, "-c", STRANGER, str(cgroup.folder / "cgroup.procs"), str(LIMIT)]
+    assert subprocess.run(command, check=False, timeout=DEADLINE).returncode == -signal.SIGKILL
+    worker.wait_for_log(
+        r"the kernel has killed 1 process in \S+, no child of this pool: more is not known\. Lim"
+    )
+
+
+def test_a_limit_that_cannot_be_seen(start_worker, cgroup, tmp_path):
+    """As outside of a container: what is known here was never reached, and the log says what to do."""
+    inner = cgroup.child("inner")
+    inner.limit(1 << 30)
+
+    def hide(worker):
+        script = ["sh", "-c", HIDDEN[inner.version], "sh", inner.folder, cgroup.folder.parent, tmp_path]
+        worker.command = ["unshare", "--mount", *map(str, script), *worker.command]
+
+    worker = start_worker(prepare=hide)
+    worker.wait_for_log(r"Memory: limit 1024 MiB")
+    with pytest.raises(MemoryLimitExceeded, match="the kernel has ended its child"):
+        worker.run("proj.keep", LIMIT)
+    worker.wait_for_log(
+        r"the limit known here, 1024 MiB \(\S+\), was never reached: a lower one that cannot be seen from "
+        r"here may hold\. If so, set memsafe_memory_budget"
     )

@@ -59,6 +59,7 @@ WORKER_SIDE = {
     "fleet",
     "gauge",
     "job",
+    "kernel_kills",
     "ledger",
     "link",
     "loop",
