@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-from memsafe_pool import native, upstream, wire
+from memsafe_pool import native, scarcity, upstream, wire
 from memsafe_pool.errors import SoftMemoryLimitExceeded
 from memsafe_pool.meter import Meter
 from memsafe_pool.rlimit import Bound
@@ -157,7 +157,8 @@ def _begin(app: Any, sock: socket.socket, terms: Terms, midwife: int) -> tuple[_
 def send_failure(sock: socket.socket) -> None:
     """Tell the worker that this process can not start, with the current exception."""
     text = traceback.format_exc().encode(errors="replace")
-    sock.sendall(wire.head(wire.FAILED, len(text), 0, 0.0) + text)
+    shortage = scarcity.is_shortage(sys.exc_info()[1])
+    sock.sendall(wire.head(wire.FAILED, len(text), shortage, 0.0) + text)
 
 
 def tie_to_parent(pid: int, midwife: int = 0) -> None:

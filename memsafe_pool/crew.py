@@ -13,7 +13,9 @@ has gone.
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import socket
 import time
@@ -37,6 +39,9 @@ logger = get_logger(__name__)
 #: Seconds a child may take to leave once it was told to, before it is killed: its
 #: ``worker_process_shutdown`` handlers run in that time.
 LEAVE_SECONDS = 30.0
+
+#: Descriptors that children leave to the rest of the worker: connections, files of /proc.
+LEFT_DESCRIPTORS = 16
 
 #: Seconds that children have to end when the pool is terminated.
 TERMINATE_SECONDS = 10.0
@@ -122,18 +127,17 @@ class Crew:
 
     # -- start
 
-    def start(self, sender: Any) -> bool:
-        """Start a child; return False if not even its socket could be made.
+    def start(self, sender: Any) -> None:
+        """Start a child.
 
         Arguments:
             sender: The sender of ``worker_before_create_process``.
+
+        Raises:
+            OSError: Not even its socket could be made.
         """
         upstream.worker_before_create_process.send(sender=sender)
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError as exc:
-            logger.error("A child could not be started: %s", exc)  # noqa: TRY400 - a traceback says no more
-            return False
+        ours, theirs = _socket_pair()
         self.starts += 1
         child = Child(
             f"{self.start_method.process_name}-{self.starts}",
@@ -146,7 +150,6 @@ class Crew:
         self.fleet.add(child)
         self._attach(child)
         self.start_method.start(child, theirs)
-        return True
 
     def started(self, child: Child, pid: int) -> None:
         """Say that a child has this pid."""
@@ -160,9 +163,9 @@ class Crew:
         if child.state is State.LEAVING:
             child.signal(signal.SIGKILL)  # nobody knew whom to signal until now
 
-    def start_failed(self, child: Child, reason: str) -> None:
+    def start_failed(self, child: Child, reason: str, *, shortage: bool = False) -> None:
         """Say that no process came to be, and why."""
-        child.failure = reason
+        child.failure, child.shortage = reason, shortage
         self._gone(child, None)
 
     def start_withdrawn(self, child: Child) -> None:
@@ -330,10 +333,28 @@ class Crew:
             method.tick(now)
 
 
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Make the socket pair of a child.
+
+    Raises:
+        OSError: EMFILE also if hardly any descriptor would be left for others.
+    """
+    ours, theirs = socket.socketpair()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    # The lowest free numbers are taken: so that is about how many there are.
+    if limit != resource.RLIM_INFINITY and theirs.fileno() >= limit - LEFT_DESCRIPTORS:
+        ours.close()
+        theirs.close()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return ours, theirs
+
+
 def _log_end(child: Child, exitcode: int | None, *, failed: bool, by_kernel: bool) -> None:
     why = ": the kernel has killed it, as memory was out" if by_kernel else ""
     if child.expected:
         logger.debug("%s ended: %s", child, exitcode)
+    elif failed and child.shortage:
+        logger.debug("%s (pid %s) failed to start: %s", child.name, child.pid or "none", child.failure)
     elif failed:
         how = child.failure or f"it ended before it was ready: {upstream.human_status(exitcode)}{why}"
         logger.error("%s (pid %s) failed to start: %s", child.name, child.pid or "none", how)

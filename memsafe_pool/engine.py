@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from celery.utils.log import get_logger
 from kombu.asynchronous import Hub
 
-from memsafe_pool import events, recycle, upstream, wire
+from memsafe_pool import events, recycle, scarcity, upstream, wire
 from memsafe_pool.crew import Crew
 from memsafe_pool.errors import MemoryLimitExceeded
 from memsafe_pool.fleet import Child, Fleet, State
@@ -491,7 +491,7 @@ class Engine:
             self.ledger.trimmed(child, wire.Report.unpack(payload), int(value))
             logger.debug("%s gave back %s", child, mib(value))
         elif kind == wire.FAILED:
-            child.failure = bytes(payload).decode(errors="replace")
+            child.failure, child.shortage = bytes(payload).decode(errors="replace"), bool(number)
 
     def _on_up(self, child: Child, report: wire.Report) -> None:
         child.report, child.first_private_bytes = report, report.private
@@ -568,7 +568,8 @@ class Engine:
             self.supervisor.ended(job)
             self._on_job_left(child, job, exitcode, by_kernel=by_kernel)
         # Memory was out, which says nothing of the app: it is tried again, but not at once.
-        self._decide(events.Gone(failed, child.born, child, no_memory=failed and by_kernel))
+        shortage = child.failure if failed and child.shortage else None
+        self._decide(events.Gone(failed, child.born, child, failed and by_kernel, shortage))
         self._check_closed()
 
     def on_hopeless(self, reason: str) -> None:
@@ -775,6 +776,8 @@ class Engine:
                 self._retire(cast("Child", child), reason)
             case events.Kill(task, reason):
                 self._end_for_memory(cast("Job", task), reason)
+            case events.Say(shortage):
+                _say(shortage)
             case events.StopWorker(reason):
                 self.on_hopeless(reason)
 
@@ -798,15 +801,20 @@ class Engine:
 
     def _start(self, count: int) -> None:
         for _ in range(count):
-            if not self.crew.start(sender=self):
-                now = time.monotonic()
-                self._decide(events.Gone(failed=True, born=now))
+            try:
+                self.crew.start(sender=self)
+            except OSError as exc:
+                shortage = f"no socket for it: {exc.strerror}" if scarcity.is_shortage(exc) else None
+                if shortage is None:
+                    logger.error("A child could not be started: %s", exc)  # noqa: TRY400 - this says all
+                self._decide(events.Gone(failed=True, born=time.monotonic(), shortage=shortage))
                 return
 
     def _tick(self) -> None:
         self._mailbox.deliver()  # what has happened is heard before deadlines are acted on
         now = time.monotonic()
         self.crew.tick(now)
+        self.watch.start()  # there may not have been room for its thread
         if self.steward.tick(self.ledger, self.forkserver):
             self._share_budget()
         self._decide(events.Tick())
@@ -850,6 +858,17 @@ class Engine:
     def _state(self) -> int:
         """The state under the name that ``TaskPool.on_stop`` reads."""
         return self.state
+
+
+def _say(shortage: str | None) -> None:
+    if shortage is None:
+        logger.info("There is room for more children again.")
+    else:
+        logger.warning(
+            "The system has no room for more children (%s). Those that are there go on, others are tried "
+            "from time to time.",
+            shortage,
+        )
 
 
 def _raise(exc: Exception) -> None:

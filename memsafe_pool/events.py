@@ -24,6 +24,7 @@ __all__ = [
     "Outdated",
     "Resized",
     "Retire",
+    "Say",
     "Start",
     "StopWorker",
     "Stuck",
@@ -58,13 +59,15 @@ class Gone:
     """A child has ended.
 
     ``failed``: before it was ready, and nobody asked for it; ``born``: when it was started; ``no_memory``: it
-    failed because the kernel has ended it, as memory was out.
+    failed because the kernel has ended it, as memory was out; ``shortage``: it failed because the system had
+    no room for it, and in whose words.
     """
 
     failed: bool
     born: float
     child: Child | None = None
     no_memory: bool = False
+    shortage: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +146,17 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class Say:
+    """Say that the system has no room for more children, and why; without a reason, that it has again."""
+
+    shortage: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class StopWorker:
     """There is no point in going on."""
 
     reason: str
 
 
-Action = Start | Give | Measure | Retire | Kill | StopWorker
+Action = Start | Give | Measure | Retire | Kill | Say | StopWorker

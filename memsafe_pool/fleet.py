@@ -52,6 +52,7 @@ class Child:
         outdated: Whether the pool was restarted since it was started.
         memory_error: Why it was ended, if that was for want of memory.
         failure: Why it could not start, where that is known.
+        shortage: Whether that is because the system had no room for it.
         reaped: Whether its pid may be another process's by now.
         kill_at: When it is killed if it has not ended (monotonic seconds), or None.
     """
@@ -79,6 +80,7 @@ class Child:
         "reaped",
         "report",
         "sentinel",
+        "shortage",
         "start_method",
         "state",
         "tasks",
@@ -109,7 +111,7 @@ class Child:
         self.idle_since = 0.0
         self.job: Job | None = None
         self.job_terminated = self.expected = self.was_ready = False
-        self.outdated = self.reaped = False
+        self.outdated = self.reaped = self.shortage = False
         self.failure: str | None = None
         self.memory_error: str | None = None
         self.kill_at: float | None = None

@@ -47,7 +47,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from celery.utils.imports import import_from_cwd
 
-from memsafe_pool import arenas, child, heap, native, upstream
+from memsafe_pool import arenas, child, heap, native, scarcity, upstream
 
 __all__ = [
     "FAILED",
@@ -154,15 +154,15 @@ def serve(
         if fresh or role.preload:
             gc.collect()
             gc.freeze()
+        arenas.read()  # imports what it needs, once for all children
+        with contextlib.suppress(OSError):  # not with this C library
+            # So that free heap which a child takes into use is new to it, and no page to copy.
+            native.release_heap()
+        heap.look()  # children know from it what can be free in theirs
+        threads = settled_thread_count()
     except BaseException:  # noqa: BLE001 - the worker logs it and decides
         send_failure(sock)
         os._exit(1)
-    arenas.read()  # imports what it needs, once for all children
-    with contextlib.suppress(OSError):  # not with this C library
-        # So that free heap which a child takes into use is new to it, and no page to copy.
-        native.release_heap()
-    heap.look()  # children know from it what can be free in theirs
-    threads = settled_thread_count()
     if threads > 1:
         _send(sock, REFUSED, _describe_threads(threads, blame))
         os._exit(1)
@@ -178,7 +178,7 @@ def preload(role: Role) -> None:
 
 def send_failure(sock: socket.socket) -> None:
     """Tell the worker that the forkserver can not begin, with the current exception."""
-    _send(sock, FAILED, traceback.format_exc())
+    _send(sock, FAILED, traceback.format_exc(), scarcity.is_shortage(sys.exc_info()[1]))
 
 
 def settle(role: Role) -> None:
@@ -203,7 +203,7 @@ def is_descendant(pid: int) -> bool:
 
 def _send(sock: socket.socket, kind: str, *rest: Any) -> None:
     if rest and isinstance(rest[0], str):
-        rest = (rest[0][: MAX_MESSAGE_BYTES // 4],)
+        rest = (rest[0][: MAX_MESSAGE_BYTES // 4], *rest[1:])
     sock.send(pickle.dumps((kind, *rest)))
 
 
@@ -241,8 +241,12 @@ class _Server:
         try:
             self.sock.close()
             sock = socket.socket(fileno=request.fds[0])
-            sock.set_inheritable(False)  # as any other descriptor: what tasks start must not have it
-            upstream.become_child(request.name, request.slot, self.terms.worker_pid)
+            try:
+                sock.set_inheritable(False)  # as any other descriptor: what tasks start must not have it
+                upstream.become_child(request.name, request.slot, self.terms.worker_pid)
+            except BaseException:
+                child.send_failure(sock)
+                raise
             terms = replace(self.terms, name=request.name, index=request.slot)
             child.run(self.app, sock, terms, midwife)
         finally:

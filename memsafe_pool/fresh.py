@@ -165,8 +165,8 @@ def main(sock_fd: int, order_fd: int) -> NoReturn:
 
 def _be_child(sock: socket.socket, order: Order, terms: child.Terms) -> NoReturn:
     child.tie_to_parent(terms.worker_pid)
-    upstream.become_child(terms.name, terms.index, terms.worker_pid)
     try:
+        upstream.become_child(terms.name, terms.index, terms.worker_pid)
         app = _import_app(order)
         upstream.prepare_app(app, terms.hostname, fresh=True)
     except BaseException:  # noqa: BLE001 - the worker logs it and decides

@@ -18,7 +18,18 @@ from celery.utils.imports import cwd_in_path
 from celery.utils.log import get_logger
 from click import ClickException, get_current_context
 
-from memsafe_pool import child, cores, forkserver, fresh, native, prefetch, settings, start, upstream
+from memsafe_pool import (
+    child,
+    cores,
+    forkserver,
+    fresh,
+    native,
+    prefetch,
+    scarcity,
+    settings,
+    start,
+    upstream,
+)
 from memsafe_pool.engine import Engine
 from memsafe_pool.recycle import Rules
 from memsafe_pool.start_forkserver import Forkserver
@@ -160,8 +171,16 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
             # not go on before it returns, and may be what it would wait for. Celery
             # terminates the pool right after.
             self._pool.close()
-        else:
+            return
+        try:
             super().on_stop()
+        except RuntimeError as exc:
+            # The pool is closed by then, and Celery wants a thread that sends heartbeats while tasks end.
+            if self._pool is None or not scarcity.is_shortage(exc):
+                raise
+            logger.warning("The broker gets no heartbeats while the last tasks end: %s", exc)
+            self._pool.join()
+            super().on_stop()  # acknowledges what has ended: there is room for a thread now
 
     def restart(self) -> None:
         """Replace all children, running tasks first."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from memsafe_pool import child as child_side
-from memsafe_pool import forkserver, fresh, upstream
+from memsafe_pool import forkserver, fresh, scarcity, upstream
 
 if TYPE_CHECKING:
     from memsafe_pool.fleet import Child
@@ -35,8 +35,8 @@ class Owner(Protocol):
     def started(self, child: Child, pid: int) -> None:
         """Say that a child has this pid."""
 
-    def start_failed(self, child: Child, reason: str) -> None:
-        """Say that no process came to be, and why."""
+    def start_failed(self, child: Child, reason: str, *, shortage: bool = False) -> None:
+        """Say that no process came to be, and why; ``shortage``: because the system had no room for it."""
 
     def start_withdrawn(self, child: Child) -> None:
         """Forget a child that was asked for, as nobody knows whether it came to be."""
@@ -161,7 +161,9 @@ class Spawn(_WithoutServer):
             try:
                 pid = self.origin.start_interpreter(sock, terms)
             except OSError as exc:
-                return self.owner.start_failed(child, f"could not start {sys.executable}: {exc}")
+                return self.owner.start_failed(
+                    child, f"could not start {sys.executable}: {exc}", shortage=scarcity.is_shortage(exc)
+                )
         return self.owner.started(child, pid)
 
 
@@ -179,7 +181,8 @@ class Fork(_WithoutServer):
             pid = os.fork()
         except OSError as exc:
             sock.close()
-            return self.owner.start_failed(child, f"could not fork: {exc}")
+            shortage = scarcity.is_shortage(exc)
+            return self.owner.start_failed(child, f"could not fork: {exc}", shortage=shortage)
         if pid == 0:
             self._be_child(child, sock)
         sock.close()

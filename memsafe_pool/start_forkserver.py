@@ -28,7 +28,7 @@ from typing import cast
 
 from celery.utils.log import get_logger
 
-from memsafe_pool import forkserver, native, signals, start
+from memsafe_pool import forkserver, native, scarcity, signals, start
 from memsafe_pool.fleet import Child, State
 
 __all__ = ["Forkserver"]
@@ -75,9 +75,16 @@ class Forkserver:
             self._adoption.open()
             self._adoption.close()
         except OSError as exc:
-            return self.owner.fall_back(
-                f"The forkserver can not be used here ({exc}): children start by spawn instead.", []
-            )
+            if not scarcity.is_shortage(exc):
+                return self.owner.fall_back(
+                    f"The forkserver can not be used here ({exc}): children start by spawn instead.", []
+                )
+        try:
+            return self._begin()
+        except OSError as exc:
+            return self._on_no_start(exc)  # the first task that waits tries again
+
+    def _begin(self) -> None:
         threads = [
             thread.name for thread in threading.enumerate() if thread is not threading.current_thread()
         ]
@@ -133,7 +140,11 @@ class Forkserver:
             else:
                 self._begin_as_fork()
         except OSError as exc:
-            self._fail_waiting(f"the forkserver could not be started: {exc}")
+            self._on_no_start(exc)
+
+    def _on_no_start(self, exc: OSError) -> None:
+        reason = f"the forkserver could not be started: {exc}"
+        self._fail_waiting(reason, shortage=scarcity.is_shortage(exc))
 
     def _begin_as_fork(self) -> None:
         self._begin_with(
@@ -207,8 +218,10 @@ class Forkserver:
                 socket.send_fds(self._sock, [request], [sock.fileno()])
             except BlockingIOError:
                 return  # it is busy: its next answer, or the next tick, comes back here
-            except OSError:
-                return  # it is dead: the end of its socket is on its way
+            except OSError as exc:
+                if scarcity.is_shortage(exc):
+                    self._fail_waiting(f"the forkserver could not be asked: {exc}", shortage=True)
+                return  # else it is dead: the end of its socket is on its way
             self._asked[number] = child
             self._waiting.popleft()
             sock.close()
@@ -233,8 +246,8 @@ class Forkserver:
                 logger.debug("Forkserver ready (pid %s)", self.pid)
             case forkserver.REFUSED, (str(why),):
                 self._on_refusal(why)
-            case forkserver.FAILED, (str(trace),):
-                self._on_failure(trace)
+            case forkserver.FAILED, (str(trace), bool(shortage)):
+                self._on_failure(trace, shortage=shortage)
             case _:
                 self._on_birth(kind, *rest)
         self._ask()
@@ -247,8 +260,12 @@ class Forkserver:
                 self._in_vain = 0
                 self.owner.started(child, cast("int", result))
             elif kind == forkserver.FORK_FAILED:
-                why = os.strerror(cast("int", result))
-                self.owner.start_failed(child, f"the forkserver could not fork: {why}")
+                number = cast("int", result)
+                self.owner.start_failed(
+                    child,
+                    f"the forkserver could not fork: {os.strerror(number)}",
+                    shortage=scarcity.is_errno(number),
+                )
             else:
                 self._on_silence([child])
         if not self._asked:
@@ -289,16 +306,16 @@ class Forkserver:
             waiting,
         )
 
-    def _on_failure(self, trace: str) -> None:
+    def _on_failure(self, trace: str, *, shortage: bool) -> None:
         asked = self._part()
-        self._fail_waiting(f"the forkserver could not begin:\n{trace}")
+        self._fail_waiting(f"the forkserver could not begin:\n{trace}", shortage=shortage)
         self._on_silence(asked)
 
-    def _fail_waiting(self, reason: str) -> None:
+    def _fail_waiting(self, reason: str, *, shortage: bool = False) -> None:
         waiting, self._waiting = list(self._waiting), deque()
         for child, sock in waiting:
             sock.close()
-            self.owner.start_failed(child, reason)
+            self.owner.start_failed(child, reason, shortage=shortage)
         if not waiting:
             logger.error("Children can not start: %s", reason)
 

@@ -36,6 +36,7 @@ from memsafe_pool.events import (
     Outdated,
     Resized,
     Retire,
+    Say,
     Start,
     StopWorker,
     Stuck,
@@ -56,8 +57,15 @@ _MIB = 1 << 20
 #: Seconds before the first new try after a failed start; doubles with each failure up to the second.
 BACKOFF_SECONDS = (1.0, 30.0)
 
-#: Failed rounds of starts, with no child coming up in between, after which the worker stops.
+#: Failed rounds of starts, with no child there that is or was ready, after which the worker stops.
 MAX_FAILED_ROUNDS = 5
+
+#: The same in seconds, where the system has no room: others may make some. But a worker that does nothing
+#: looks healthy, and what has filled a container's processes may go only with the container.
+MAX_SHORTAGE_SECONDS = 300.0
+
+#: Seconds until it is said again that there is no room for more children.
+SAY_SECONDS = 60.0
 
 #: Waiting tasks that are looked at when the first ones do not fit.
 SCANNED = 64
@@ -151,6 +159,12 @@ class _Plan:
     starts: int = 0
 
 
+def _backoff(rounds: int) -> float:
+    """Return the seconds to wait after so many failed rounds."""
+    first, longest = BACKOFF_SECONDS
+    return min(first * 2.0 ** min(rounds - 1, 16), longest)
+
+
 class Supervisor:
     """The rules.
 
@@ -203,9 +217,14 @@ class Supervisor:
         self._has_to_look = False
         self._stuck_since: float | None = None
         self._gave_up_at = float("-inf")
-        self._failed_rounds = 0
+        self._failed_rounds = self._futile_rounds = 0
         self._last_failure = float("-inf")
         self._not_before = float("-inf")
+        # While the system refuses more: how many children there may be at once, as far as is known.
+        self._capacity: int | None = None
+        self._short_rounds, self._said = 0, False
+        self._last_shortage = self._more_at = self._said_at = float("-inf")
+        self._nobody_since: float | None = None
 
     # -- what is asked for every task
 
@@ -271,7 +290,8 @@ class Supervisor:
                 return [*self._retire_outdated(now), Measure()]
             case Up():
                 self._failed_rounds, self._any_up = 0, True
-                return [*(self._replace() or self._shrink()), Measure()]  # what it has cost was not seen yet
+                # What it has cost was not seen yet.
+                return [*self._end_shortage(now), *(self._replace() or self._shrink()), Measure()]
             case Stuck(look):
                 self.room.look(look)
                 self._looked_at = now
@@ -414,6 +434,9 @@ class Supervisor:
         if now < self._not_before:
             return 0
         count = max(self.bound + self._extra - self.fleet.size, 0)
+        if self._capacity is not None:
+            # One more, at times, shows whether there is room again.
+            count = min(count, max(self._capacity + (now >= self._more_at) - self.fleet.size, 0))
         if not self._any_up and self.room.free < count * AMPLE_START_BYTES:
             return min(count, max(self.cores - self.fleet.size, 0))  # what one costs is known then
         return count
@@ -456,6 +479,16 @@ class Supervisor:
         return self.fleet.size - self.fleet.leaving
 
     @property
+    def _any_ready(self) -> bool:
+        """Whether there is a child that is or was ready, and stays."""
+        return self._staying > self.fleet.starting
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the system has no room for one more."""
+        return self._capacity is not None and self.fleet.size >= self._capacity
+
+    @property
     def _surplus(self) -> int:
         return self._staying - self.bound - self._extra
 
@@ -477,7 +510,7 @@ class Supervisor:
         if reason is None or self._extra + self.fleet.leaving >= max(self._staying // REPLACED_AT_ONCE, 1):
             return []
         children = (self.fleet.starting + 1) * self.room.child_bytes
-        if pressed or now < self._not_before or self.room.free < children:
+        if pressed or now < self._not_before or self._is_full or self.room.free < children:
             return [Retire(child, reason)]  # no room for two, or nobody to replace it
         self._replaced[child] = reason
         return [Start(1)]
@@ -503,7 +536,12 @@ class Supervisor:
             self._replaced.clear()
             self._not_before = max(self._not_before, now + BACKOFF_SECONDS[0])
             return []
-        return self._count_failure(gone.born, now) if gone.failed else []
+        if not gone.failed:
+            return []
+        self._replaced.clear()  # they stay as long as there is nobody else
+        if gone.shortage is not None:
+            return self._run_short(gone.born, gone.shortage, now)
+        return self._count_failure(gone.born, now)
 
     def _retire_outdated(self, now: float) -> list[Retire]:
         """Let outdated children go that nobody needs: those that are idle while no task runs, or for long."""
@@ -532,17 +570,44 @@ class Supervisor:
         return [Retire(child, f"at most {self.bound} children") for child in self.fleet.idle[:surplus]]
 
     def _count_failure(self, born: float, now: float) -> list[Action]:
-        self._replaced.clear()  # they stay as long as there is nobody else
         # Children that were started together fail together: that is one round.
         if born < self._last_failure:
             return []
         self._last_failure = now
         self._failed_rounds += 1
-        first, longest = BACKOFF_SECONDS
-        self._not_before = now + min(first * 2 ** (self._failed_rounds - 1), longest)
-        if self._failed_rounds >= MAX_FAILED_ROUNDS:
-            return [StopWorker(f"children failed to start {self._failed_rounds} times in a row")]
+        self._not_before = now + _backoff(self._failed_rounds)
+        self._futile_rounds = 0 if self._any_ready else self._futile_rounds + 1
+        if self._futile_rounds >= MAX_FAILED_ROUNDS:
+            return [StopWorker(f"children failed to start {self._futile_rounds} times in a row")]
         return []
+
+    def _run_short(self, born: float, shortage: str, now: float) -> list[Action]:
+        """Go on with as many children as there are, as the system has no room for more."""
+        size = self.fleet.size
+        self._capacity = size if self._capacity is None else min(self._capacity, size)
+        if born >= self._last_shortage:
+            self._last_shortage = now
+            self._short_rounds += 1
+            self._more_at = now + _backoff(self._short_rounds)
+        if self._any_ready:
+            self._nobody_since = None
+        elif self._nobody_since is None:
+            self._nobody_since = now
+        elif now - self._nobody_since >= MAX_SHORTAGE_SECONDS:
+            return [StopWorker(f"for {MAX_SHORTAGE_SECONDS:g} s no child could be started: {shortage}")]
+        if self._said or now - self._said_at < SAY_SECONDS:
+            return []
+        self._said, self._said_at = True, now
+        return [Say(shortage)]
+
+    def _end_shortage(self, now: float) -> list[Action]:
+        """Take note of a child that is ready: there may be room for more than there was."""
+        self._futile_rounds, self._nobody_since = 0, None
+        if self._capacity is None or self.fleet.size - self.fleet.starting <= self._capacity:
+            return []
+        said, self._said = self._said, False
+        self._capacity, self._short_rounds = None, 0
+        return [Say(None)] if said else []
 
     # -- end a task
 

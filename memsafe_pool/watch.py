@@ -124,16 +124,24 @@ class Watch:
         self._wake = threading.Event()
         self._wakes_at = float("inf")
         self._stuck_at = float("-inf")
-        self._stopping = False
+        self._stopping = self._unwatched = False
         self._thread: threading.Thread | None = None
 
     # -- life
 
     def start(self) -> None:
-        """Start the thread."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="memsafe-watch", daemon=True)
-            self._thread.start()
+        """Start the thread, if there is none; where the system has no room for it, that is said once."""
+        if self._thread is not None or self._stopping:
+            return
+        thread = threading.Thread(target=self._run, name="memsafe-watch", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            if not self._unwatched:
+                logger.warning("Running tasks are not paused while no thread watches memory: %s", exc)
+            self._unwatched = True
+        else:
+            self._thread = thread
 
     def stop(self) -> None:
         """End the thread, let everybody go on, and release the descriptors."""

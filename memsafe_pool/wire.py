@@ -18,7 +18,8 @@ ACK       child       the job begins; number: monotonic seconds
 DONE      child       the job ended; payload: report, ``(succeeded, value)``; number: 1 when
                       the report is left out, as it is that of the job before
 TRIMMED   child       gave memory back; number: bytes won; payload: report
-FAILED    child       could not start; payload: text of the traceback
+FAILED    child       could not start; job: 1 if the system had no room for it; payload: text of the
+                      traceback
 ========  ==========  =======================================================
 
 A report is a packed :class:`Report`. It comes with the end of the task, so the worker

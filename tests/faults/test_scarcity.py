@@ -10,7 +10,11 @@ import sys
 
 import pytest
 from harness import processes
+from harness.controllers import controlled
 from harness.worker import POOL
+
+#: Rounds of starts after which a worker stops when something is wrong.
+MAX_FAILED_ROUNDS = 5
 
 pytestmark = pytest.mark.ours_only("how this pool takes faults")
 
@@ -90,6 +94,74 @@ def test_descriptors(start_worker, start_method, tally):
     gate.open()
     assert worker.get(held) == next(iter(gate.started().values()))
     assert lines(worker, "Too many open files") < 20
+    assert worker.stop() == 0
+
+
+#: What is said once when there is room for no more children.
+NO_ROOM = "The system has no room for more children"
+
+
+def test_few_descriptors_from_the_beginning(start_worker, start_method):
+    """With 64 of them and ``-c 20`` as many children run as there are descriptors for; some are left over."""
+
+    def narrow(worker):
+        worker.command = ["sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", *worker.command]
+
+    worker = start_worker("faulty", start_method=start_method, concurrency=20, prepare=narrow)
+    gate = worker.gate()
+    results = [worker.call("faulty.hold", gate.path) for _ in range(20)]
+    worker.wait_for_log(NO_ROOM)
+    worker.until(lambda: len(gate.started()) >= 4, "some tasks to run")
+    assert len(processes.descriptors(worker.pid)) <= 64 - 8
+    assert worker.inspect("ping") == {"ok": "pong"}
+    gate.open()
+    for result in results:
+        worker.get(result)
+    assert lines(worker, NO_ROOM) == 1
+    assert worker.stop() == 0
+
+
+@pytest.fixture
+def few_processes(outlasting):
+    """A cgroup that limits how many processes and threads there are in it."""
+    return outlasting.enter_context(controlled("pids"))
+
+
+@pytest.mark.also_start_method("fork")
+def test_room_for_few_children(start_worker, start_method, few_processes):
+    """They run all tasks, however often more are refused, which is said once; with room there are more."""
+    worker = start_worker(
+        "faulty", start_method=start_method, concurrency=8, prepare=few_processes.hold, loglevel="DEBUG"
+    )
+    few_processes.write("pids.max", int((few_processes.folder / "pids.current").read_text()) + 4)
+    gate = worker.gate()
+    held = [worker.call("faulty.hold", gate.path) for _ in range(9)]
+    worker.wait_for_log(NO_ROOM)
+    worker.until(lambda: len(gate.started()) >= 3, "three tasks to run")
+    # Of the first round there may be one or five, then there is one in each.
+    worker.wait_for_log("failed to start: .*Resource temporarily unavailable", count=MAX_FAILED_ROUNDS + 1)
+    assert 3 <= len(gate.started()) <= 4
+    children = set(worker.children())
+    few_processes.write("pids.max", "max")
+    worker.wait_for_log("There is room for more children again")
+    worker.until(lambda: len(gate.started()) == 8, "the others to run")
+    assert children < set(worker.children())
+    gate.open()
+    for result in held:
+        worker.get(result)
+    assert lines(worker, NO_ROOM) == 1
+    assert worker.stop() == 0
+
+
+def test_no_room_for_a_single_child(start_worker, start_method, few_processes):
+    """It is tried again for longer than when something is wrong, and then goes on as if nothing had been."""
+    worker = start_worker("faulty", start_method=start_method, prepare=few_processes.hold, loglevel="DEBUG")
+    few_processes.write("pids.max", 1)
+    result = worker.call("proj.add", 1, 2)
+    worker.wait_for_log("failed to start: .*Resource temporarily unavailable", count=MAX_FAILED_ROUNDS)
+    few_processes.write("pids.max", "max")
+    assert worker.get(result) == 3
+    assert lines(worker, NO_ROOM) == 1
     assert worker.stop() == 0
 
 

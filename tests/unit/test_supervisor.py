@@ -19,6 +19,7 @@ from memsafe_pool.events import (
     Outdated,
     Resized,
     Retire,
+    Say,
     Start,
     StopWorker,
     Stuck,
@@ -35,6 +36,8 @@ from memsafe_pool.supervisor import (
     BACKOFF_SECONDS,
     ENDLESS_SECONDS,
     MAX_FAILED_ROUNDS,
+    MAX_SHORTAGE_SECONDS,
+    SAY_SECONDS,
     TRIAL_BYTES,
     TRIAL_SECONDS,
     Supervisor,
@@ -157,12 +160,12 @@ class Pool:
         self.supervisor.ended(self.running.pop(child))
         return self.next(child)
 
-    def gone(self, child):
+    def gone(self, child, shortage=None):
         failed = child.state == "starting"
         self.fleet.move(child, "gone")
         if child in self.running:
             self.supervisor.ended(self.running.pop(child))
-        return self.decide(Gone(failed, child.born, child))
+        return self.decide(Gone(failed, child.born, child, shortage=shortage))
 
     def tick(self, seconds=1.0):
         self.now += seconds
@@ -433,6 +436,142 @@ def test_the_longest_wait_is_bounded():
         pool.now += 0.1
         pool.gone(child)
         assert pool.tick(BACKOFF_SECONDS[1]) == [Start(1)]
+
+
+def test_failures_do_not_stop_a_worker_that_has_a_child():
+    """Not as long as it lives; then they count from the first one on."""
+    pool = Pool(bound=2)
+    pool.burst(2)
+    living, bad = pool.starting
+    pool.up(living)
+    for _ in range(3 * MAX_FAILED_ROUNDS):
+        pool.now += 0.1
+        assert pool.gone(bad) == []
+        assert pool.tick(BACKOFF_SECONDS[1]) == [Start(1)]
+        [bad] = pool.starting
+    pool.gone(living)
+    for _ in range(MAX_FAILED_ROUNDS):
+        assert not pool.stopped
+        for child in pool.starting:
+            pool.now += 0.1
+            pool.gone(child)
+        pool.tick(BACKOFF_SECONDS[1])
+    assert pool.stopped
+
+
+# No room for more children
+
+
+SHORT = "could not fork: no more"
+
+
+def refuse_beyond(pool, number):
+    """The system refuses starting children until so many are there; what was decided meanwhile."""
+    actions = []
+    while pool.starting and len(pool.fleet.children) > number:
+        pool.now += 0.001
+        actions += pool.gone(pool.starting[-1], shortage=SHORT)
+    return actions
+
+
+def short_of_room(number, **options):
+    """A pool with many tasks, and room for so many children only, which are busy."""
+    pool = Pool(**options)
+    pool.burst(20)
+    assert refuse_beyond(pool, number) == [Say(SHORT)]
+    for child in pool.starting:
+        pool.up(child)
+    assert len(pool.busy) == number
+    return pool
+
+
+def test_a_shortage_is_said_once_and_the_rest_goes_on():
+    """Five of eight children are refused: one line, and the three that came up run what waits."""
+    pool = short_of_room(3, bound=8)
+    for seconds in (1, 2, 4, 8, 16, 30, 30, 30):
+        assert pool.tick(seconds - 0.1) == []
+        assert pool.tick(0.1) == [Start(1)]
+        assert refuse_beyond(pool, 3) == []
+        for child in pool.busy:
+            pool.done(child)
+        assert len(pool.busy) == 3
+        pool.waiting.extend(task() for _ in range(3))
+    assert not pool.stopped
+
+
+def test_a_child_that_goes_in_a_shortage_is_replaced_at_once():
+    """There is room for as many as there were, however long the pause is until more are tried."""
+    pool = short_of_room(3, bound=8)
+    for _ in range(5):
+        assert pool.tick(BACKOFF_SECONDS[1]) == [Start(1)]
+        refuse_beyond(pool, 3)
+    assert pool.gone(pool.busy[0]) == [Start(1)]
+
+
+def test_a_child_that_should_be_replaced_in_a_shortage_goes_first():
+    """Its replacement has room when it is gone."""
+    pool = short_of_room(2, bound=3, max_age=100.0)
+    pool.now += 200.0
+    pool.tick(0)
+    refuse_beyond(pool, 2)
+    old = pool.busy[0]
+    [retire] = pool.done(old)
+    assert isinstance(retire, Retire)
+    assert pool.gone(old) == [Start(1)]
+
+
+def test_the_end_of_a_shortage():
+    """One more that is ready shows it, not one that has taken another's place; then all may start."""
+    pool = short_of_room(3, bound=8)
+    pool.gone(pool.busy[0])
+    assert Say(None) not in pool.up(pool.starting[0])
+    pool.tick(BACKOFF_SECONDS[1])
+    [more] = pool.starting
+    actions = pool.up(more)
+    assert Say(None) in actions
+    assert Start(4) in actions
+
+
+def test_shortages_that_come_and_go_are_not_said_each_time():
+    """Once in a while only, and an end of what was not said is not said."""
+    pool = short_of_room(1, bound=2)
+    said = []
+    for _ in range(int(SAY_SECONDS) // 2):
+        pool.waiting.append(task())
+        pool.tick(1)
+        for child in pool.starting:
+            said += [action for action in pool.up(child) if isinstance(action, Say)]
+            pool.gone(child)
+        said += refuse_beyond(pool, 1)
+    assert said == [Say(None)]
+    pool.tick(SAY_SECONDS)
+    assert refuse_beyond(pool, 1) == [Say(SHORT)]
+
+
+def test_with_no_child_at_all_a_shortage_ends_the_worker_after_a_while():
+    """Far later than when something is wrong, and with the system's own words."""
+    pool = Pool(bound=2)
+    pool.burst(2)
+    begin, actions = pool.now, []
+    while not pool.stopped and pool.now < begin + 3 * MAX_SHORTAGE_SECONDS:
+        pool.tick(1)
+        actions = refuse_beyond(pool, 0)
+    assert actions == [StopWorker(f"for {MAX_SHORTAGE_SECONDS:g} s no child could be started: {SHORT}")]
+    assert MAX_SHORTAGE_SECONDS <= pool.now - begin <= MAX_SHORTAGE_SECONDS + BACKOFF_SECONDS[1] + 2
+
+
+def test_a_shortage_does_not_hide_that_something_is_wrong():
+    """Of each round some are refused, the rest fails: that counts."""
+    pool = Pool(bound=4)
+    pool.burst(4)
+    for _ in range(MAX_FAILED_ROUNDS):
+        assert not pool.stopped
+        refuse_beyond(pool, 1)
+        for child in pool.starting:
+            pool.now += 0.1
+            pool.gone(child)
+        pool.tick(BACKOFF_SECONDS[1])
+    assert pool.stopped
 
 
 def test_other_deaths_are_no_failures():
