@@ -42,6 +42,18 @@ def test_a_hard_limit_is_a_memory_error_in_the_task(worker):
     assert pid in worker.children()
 
 
+@pytest.mark.parametrize("how", ["subprocess", "preexec", "system", "posix_spawn", "fork"])
+def test_programs_are_not_bound(worker, how):
+    """What a task with a hard limit starts may take more: the limit is computed from what its child has."""
+    assert worker.run("bounded.program", how, 400) == 0
+
+
+def test_a_hard_limit_holds_after_a_program(worker):
+    """A task that has started a program is bound as before."""
+    with pytest.raises(MemoryError):
+        worker.run("bounded.program_and_take", 100)
+
+
 def test_shared_memory_counts(worker):
     """The soft limit is told; above the hard one, which the kernel does not hold there, the task is ended."""
     with pytest.raises(SoftMemoryLimitExceeded):
