@@ -4,9 +4,9 @@
 that would exceed it fails, and Python raises MemoryError there. It counts what is mapped, also where
 nothing was written yet, so it is reached at the latest when so much is used.
 
-Programs inherit such a limit, but it is computed from what the child has mapped and says nothing of them. So it
-is lifted while Python starts one. What that does not cover: a program that a library in C starts by itself, with
-``posix_spawn`` or ``system`` of the C library.
+Programs inherit such a limit, but it is computed from what the child has mapped and says nothing of them.
+So it is lifted while Python starts one. What that does not cover: a program that a library in C starts by
+itself, with ``posix_spawn`` or ``system`` of the C library.
 
 Linux 4.7 and later; elsewhere nothing is bounded. Imports neither Celery nor billiard.
 """
