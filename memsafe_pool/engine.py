@@ -339,7 +339,10 @@ class Engine:
         """Return the message to a child for a job, or end it if it is not to be run, or can not be."""
         if job.done:
             return None
-        if job.terminated is not None or upstream.is_revoked(job.correlation_id):
+        if job.discard_revoked():
+            self._give_up(job)
+            return None
+        if job.terminated is not None:
             self._accept(job, os.getpid(), time.monotonic())
             self._finish(job, False, upstream.failed(upstream.Terminated(job.terminated or 0)))
             return None
@@ -762,6 +765,9 @@ class Engine:
 
     def _retry(self) -> None:
         self._retry_entry = None
+        blocked = cast("Job | None", self.supervisor.blocked)
+        if blocked is not None and blocked in self.waiting and blocked.discard_revoked():
+            self._drop(blocked)  # it would hold up the others until there is room for it
         self._decide(events.Waiting())
 
     def _act(self, action: events.Action) -> None:

@@ -143,6 +143,24 @@ class Job:
         """Whether the job has ended."""
         return self.done
 
+    def discard_revoked(self) -> bool:
+        """Whether it is not to be run: it was revoked, by id or by stamp, or has expired.
+
+        Then Celery has said so, and has acknowledged it. Celery looks when it hands a task to the pool, and it
+        may have waited here since.
+        """
+        request = self.request
+        if request is None:
+            return False
+        try:
+            return bool(request.revoked())
+        except self._propagate:
+            raise
+        except Exception:
+            # Such as that the result backend is gone. It is not acknowledged then, and comes again.
+            logger.exception("A callback of %r failed", self)
+            return True
+
     def terminate(self, signum: int) -> None:
         """Remember that the task was terminated, for the case that it has not begun."""
         self.terminated = signum

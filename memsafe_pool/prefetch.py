@@ -243,7 +243,7 @@ class Prefetch:
         counted = [pair for pair in self._waiting_requests() if upstream.is_counted(consumer, pair[1])]
         # The newest first: each goes to the front of the queue, so that they are in order there.
         for job, request in reversed(counted[1:]):
-            if (job is not None and job.memory_tries) or upstream.is_revoked(request.id):
+            if (job is not None and job.memory_tries) or upstream.is_revoked(request):
                 continue  # what was begun here is counted here; and what was revoked ends here
             if job is None:
                 upstream.unqueue(consumer, request)

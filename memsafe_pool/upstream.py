@@ -41,6 +41,7 @@ try:
         worker_process_init,
         worker_process_shutdown,
     )
+    from celery.utils.functional import maybe_list
     from celery.worker import state as worker_state
     from celery.worker.request import Request
 except ImportError as exc:
@@ -181,9 +182,17 @@ def unproxied(value: Any) -> Any:
     return value._get_current_object() if type(value) in _PROXIES else value
 
 
-def is_revoked(task_id: str | None) -> bool:
-    """Whether the worker was told to revoke this task."""
-    return task_id in worker_state.revoked
+def is_revoked(request: Any) -> bool:
+    """Whether the worker was told to revoke a request's task, by its id or by a stamp; says nothing of it."""
+    if request.id in worker_state.revoked:
+        return True
+    stamps = worker_state.revoked_stamps
+    return bool(stamps) and any(
+        value in maybe_list(stamps[name])
+        for name, values in request.stamps.items()
+        if name in stamps
+        for value in maybe_list(values)
+    )
 
 
 def is_cold_shutdown() -> bool:

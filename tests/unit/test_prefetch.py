@@ -369,7 +369,7 @@ class Worker:
             self.controller.semaphore.acquire(self.apply, request)
 
     def apply(self, request):
-        if upstream.is_revoked(request.id):
+        if upstream.is_revoked(request):
             self.release()
             self.settle(request)
             return
