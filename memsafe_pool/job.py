@@ -146,7 +146,7 @@ class Job:
     def discard_revoked(self) -> bool:
         """Whether it is not to be run: it was revoked, by id or by stamp, or has expired.
 
-        Then Celery has said so, and has acknowledged it. Celery looks when it hands a task to the pool, and it
+        Then Celery has said so, and has acknowledged it. Celery looks when it hands a task to the pool, which
         may have waited here since.
         """
         request = self.request

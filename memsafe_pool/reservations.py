@@ -119,10 +119,12 @@ class Reservations:
 
     Attributes:
         version: Another number when an estimate has changed by much.
+        changed: Names and labels of which something was learned; whoever writes that down clears it.
     """
 
     def __init__(self) -> None:
         self.version = 0
+        self.changed: set[Key] = set()
         self._records: OrderedDict[Key, _Record] = OrderedDict()
 
     def learn(self, name: str, label: str | None, peak: int, hidden: int = 0) -> None:
@@ -139,9 +141,10 @@ class Reservations:
             if record is None:
                 record = records[key] = _Record()
                 if len(records) > KEPT_KEYS:
-                    records.popitem(last=False)
+                    self.changed.discard(records.popitem(last=False)[0])
             else:
                 records.move_to_end(key)
+            self.changed.add(key)
             self.version += record.add(peak, hidden)
 
     def rise(self, name: str, label: str | None, estimate: Estimate, grown: int) -> Estimate:
@@ -171,8 +174,8 @@ class Reservations:
 
     # -- across restarts
 
-    def dump(self) -> list[dict[str, Any]]:
-        """Return all of it, for JSON; the one used least recently first."""
+    def dump(self, *, changed: bool = False) -> list[dict[str, Any]]:
+        """Return all of it, or what has changed, for JSON; the one used least recently first."""
         return [
             {
                 "name": name,
@@ -182,6 +185,7 @@ class Reservations:
                 "most": max(record.kept, default=0),
             }
             for (name, label), record in self._records.items()
+            if not changed or (name, label) in self.changed
         ]
 
     def load(self, rows: Any) -> None:

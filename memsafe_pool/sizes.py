@@ -10,20 +10,17 @@ Headers and attributes also say what a call may take: ``memsafe_soft_limit``, ab
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from celery.utils.log import get_logger
 
-from memsafe_pool import upstream
+from memsafe_pool import state, upstream
 from memsafe_pool.reservations import Estimate, Reservations
-from memsafe_pool.settings import parse_computed_size
+from memsafe_pool.settings import mib, parse_computed_size
 
 if TYPE_CHECKING:
     from memsafe_pool.job import Job
@@ -62,6 +59,7 @@ class _Declaration:
     """What a task's attributes say, in bytes."""
 
     estimate: Estimate | None
+    shown: str
     soft_limit: int | None
     hard_limit: int | None
     key: Callable[..., Any] | None
@@ -72,36 +70,54 @@ class Sizes:
 
     Arguments:
         app: The Celery app, for what tasks declare.
-        state: Path of the file that keeps what was learned across restarts, or None.
+        path: Path of the file that keeps what was learned across restarts, or None.
+
+    Attributes:
+        budget: Bytes that all tasks together may have: nothing can need more, whatever is said of it.
     """
 
-    def __init__(self, app: Any, state: str | None = None) -> None:
+    def __init__(self, app: Any, path: str | None = None) -> None:
         self.learned = Reservations()
+        self.budget = MOST_BYTES
         self._app = app
-        self._state = state
+        self._state = path
+        self._unwritable = False
         self._declarations: dict[str, _Declaration] = {}
         self._complained: set[str] = set()
-        if state is not None:
-            self._read(state)
+        if path is not None:
+            self._read(path)
 
     def size_up(self, job: Job) -> None:
         """Find out what a job will need and may take; sets its label, estimate and memory limits."""
         name = job.name
         headers = upstream.headers_of(job.function, job.args)
         if headers is None:
-            job.estimate = self.learned.estimate(name, None)
+            job.estimate = self._within_budget(self.learned.estimate(name, None))
             return
         declared = self._declarations.get(name) or self._declare(name)
         job.label = self._label(declared.key, headers, job)
         job.soft_limit, job.hard_limit = declared.soft_limit, declared.hard_limit
-        estimate = declared.estimate
+        estimate, shown, where = declared.estimate, declared.shown, f"the task {name}"
         if MEMORY in headers or SOFT_LIMIT in headers or HARD_LIMIT in headers:
             where = f"the header of {name}"
             memory, soft, hard = (self._size(headers.get(each), each, where) for each in NAMES)
-            estimate = estimate if memory is None else _certain(memory)
+            if memory is not None:
+                estimate, shown = _certain(memory), _shown(headers[MEMORY])
             job.soft_limit = job.soft_limit if soft is None else soft
             job.hard_limit = job.hard_limit if hard is None else hard
-        job.estimate = self.learned.estimate(name, job.label) if estimate is None else estimate
+        if estimate is None:
+            estimate = self.learned.estimate(name, job.label)
+        elif estimate.reserved > self.budget:
+            self._complain(
+                f"{MEMORY}={shown} of {where} is more than the budget, and is taken as {mib(self.budget)}."
+            )
+        job.estimate = self._within_budget(estimate)
+
+    def _within_budget(self, estimate: Estimate) -> Estimate:
+        most = self.budget
+        if estimate.reserved <= most:
+            return estimate
+        return replace(estimate, reserved=most, most=most, ended=min(estimate.ended, most))
 
     def learn(self, job: Job, peak: int, hidden: int = 0) -> None:
         """Remember what a job needed (bytes); ``hidden`` as for :meth:`Reservations.learn`."""
@@ -123,7 +139,8 @@ class Sizes:
     def _declare(self, name: str) -> _Declaration:
         task = self._app.tasks.get(name)
         where = f"the task {name}"
-        memory, soft, hard = (self._size(self._read_of(task, each, where), each, where) for each in NAMES)
+        said = [self._read_of(task, each, where) for each in NAMES]
+        memory, soft, hard = (self._size(*pair, where) for pair in zip(said, NAMES, strict=True))
         key = self._read_of(task, KEY, where)
         if key is not None and not callable(key):
             self._complain(
@@ -131,7 +148,7 @@ class Sizes:
                 "takes the arguments of a call."
             )
             key = None
-        found = _Declaration(None if memory is None else _certain(memory), soft, hard, key)
+        found = _Declaration(None if memory is None else _certain(memory), _shown(said[0]), soft, hard, key)
         self._declarations[name] = found
         return found
 
@@ -166,27 +183,30 @@ class Sizes:
 
     def _read(self, path: str) -> None:
         try:
-            with open(path, encoding="utf-8") as file:
-                self.learned.load(json.load(file))
+            self.learned.load(state.read(path))
         except FileNotFoundError:
             pass  # the first time
-        except (OSError, ValueError, RecursionError) as exc:
+        except (OSError, ValueError) as exc:
             logger.warning("What tasks needed is not known from %s (memsafe_state): %s", path, exc)
 
     def save(self) -> None:
-        """Write what was learned to the file, if there is one; as a whole, or not at all."""
-        path = self._state
-        if path is None:
+        """Write what was learned since the last time to the file, if there is one; all of it, or nothing."""
+        if self._state is None:
             return
-        new = f"{path}.{os.getpid()}"
+        rows = self.learned.dump(changed=True)
+        if not rows:
+            return
         try:
-            with open(new, "w", encoding="utf-8") as file:
-                json.dump(self.learned.dump(), file)
-            os.replace(new, path)
+            state.update(self._state, rows)
         except OSError as exc:
-            logger.warning("What tasks needed could not be written to %s (memsafe_state): %s", path, exc)
-            with contextlib.suppress(OSError):
-                os.unlink(new)
+            if not self._unwritable:
+                logger.warning(
+                    "What tasks needed could not be written to %s (memsafe_state): %s", self._state, exc
+                )
+            self._unwritable = True
+        else:
+            self._unwritable = False
+            self.learned.changed.clear()
 
 
 def _certain(size: int) -> Estimate:

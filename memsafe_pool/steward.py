@@ -96,6 +96,7 @@ class Steward:
         self._kills = KernelKills(reading, lambda: list(fleet.children), self.describe)
         self.budget = budget.find(terms.budget, reading.lowest_limit_bytes)
         self.room = Room(self.budget.bytes)
+        self.sizes.budget = self.budget.bytes
         self._pauses = Pauses(terms.cores, enabled=terms.pause)
         self.watch = Watch(
             self.gauge,
@@ -158,6 +159,7 @@ class Steward:
             )
             self.budget = budget.find(self.terms.budget, reading.lowest_limit_bytes)
             self.watch.budget, self.room.budget = self.budget, self.budget.bytes
+            self.sizes.budget, self._sized = self.budget.bytes, -1  # waiting jobs are sized anew
             if self.budget.warning:
                 logger.warning("%s", self.budget.warning)
         self._kills.tick(reading, forkserver)
@@ -201,7 +203,20 @@ class Steward:
                     self.sizes.rise(job, seen.grown)
             self.resize_waiting()
             decide(look)
-            self._neighbours.publish(self.room.pending + starting() * self.room.child_bytes)
+            self._neighbours.publish(self._promised + starting() * self.room.child_bytes)
+
+    @property
+    def _promised(self) -> int:
+        """What running tasks are still going to take, as far as it is for others to leave that to them.
+
+        Not to one that is said to need as much as all may have: nobody can leave it so much, and what
+        somebody has written into a header must not hold up all workers.
+        """
+        return self.room.pending - sum(
+            left
+            for task, left in self.room.running.items()
+            if task.estimate.reserved >= self.room.budget and not cast("Job", task).memory_tries
+        )
 
     def resize_waiting(self) -> None:
         """Size waiting jobs anew when more is known than when they came."""

@@ -128,3 +128,23 @@ def test_the_kernel_takes_the_child(start_contained, start_method):
     assert not isinstance(caught.value, MemoryLimitExceeded)
     assert worker.run("proj.add", 1, 2) == 3
     assert memory(worker)["oom_kills"] == 1
+
+
+def test_a_size_that_nobody_has_stops_no_other_worker(start_contained, container):
+    """A call that is said to need more than there is has the budget, and the worker beside it goes on."""
+    group = container(600)
+    first, second = start_contained(group), start_contained(group, concurrency=4)
+    alone, gate = first.gate(), second.gate()
+    running = first.call("proj.hold", alone.path, headers={"memsafe_memory": "1000000TiB"})
+    alone.wait_started()
+    first.wait_for_log(
+        "memsafe_memory='1000000TiB' of the header of proj.hold is more than the budget, "
+        "and is taken as 540 MiB"
+    )
+    results = [second.call("proj.hold", gate.path, headers={"memsafe_memory": "40MiB"}) for _ in range(4)]
+    gate.wait_started(4, timeout=20)
+    gate.open()
+    alone.open()
+    for result in results:
+        second.get(result)
+    first.get(running)

@@ -42,6 +42,7 @@ PURE = [
     "settings",
     "signals",
     "simulate",
+    "state",
     "supervisor",
     "watch",
     "wire",

@@ -374,3 +374,42 @@ def test_a_call_that_is_none_of_celerys(app, sizes):
     sizes.size_up(job)
     assert job.estimate.known
     assert job.label is None
+
+
+# What nobody can have
+
+
+@pytest.mark.parametrize("said", ["1000000TiB", 10**30, 1e300, 2**63])
+def test_more_than_the_budget_is_the_budget(app, sizes, caplog, said):
+    """Whoever says so; it is said once."""
+    sizes.budget = 540 * MIB
+    silent, declared = declare(app), declare(app, "proj.large", memsafe_memory=said)
+    for _ in range(2):
+        assert sized(sizes, app, silent, headers={"memsafe_memory": said}).estimate == certain(540 * MIB)
+        assert sized(sizes, app, declared).estimate == certain(540 * MIB)
+    assert len(caplog.messages) == 2
+    assert "of the header of proj.work is more than the budget, and is taken as 540 MiB." in caplog.text
+    assert "of the task proj.large is more than the budget, and is taken as 540 MiB." in caplog.text
+    sizes.budget = 1 << 61
+    assert sized(sizes, app, declared).estimate.reserved > 540 * MIB
+
+
+@pytest.mark.parametrize("said", [-1, float("nan"), float("inf"), "-1GiB", "nan", "1e400", "9" * 5000])
+def test_what_is_no_size_is_left_out(app, sizes, caplog, said):
+    """It is one warning."""
+    sizes.budget = 540 * MIB
+    task = declare(app)
+    for _ in range(2):
+        assert sized(sizes, app, task, headers={"memsafe_memory": said}).estimate is UNKNOWN
+    assert len(caplog.messages) == 1
+    assert "is not valid, and is left out" in caplog.text
+
+
+def test_what_was_learned_is_within_the_budget(app, sizes, caplog):
+    """It was higher when that was learned, or a file says so."""
+    sizes.budget = 540 * MIB
+    task = declare(app)
+    sizes.learned.load([{"name": task.name, "label": None, "count": 3, "recent": [1 << 70], "most": 1 << 70}])
+    estimate = sized(sizes, app, task).estimate
+    assert (estimate.reserved, estimate.most) == (540 * MIB, 540 * MIB)
+    assert not caplog.messages
