@@ -111,9 +111,9 @@ class Files:
         """Warn that a file holds something else than ``expected``."""
         self.warn(path, f"no {expected}", f"has no {expected} but {text[:60]!r}", fallback)
 
-    def number(self, path: str, fallback: str) -> int | None:
-        """Return the one number in a file; None where there is none, with a warning."""
-        text = self.get(path, fallback)
+    def number(self, path: str, fallback: str, *, optional: bool = False) -> int | None:
+        """Return the one number in a file; None where there is none, with a warning: as ``get``."""
+        text = self.get(path, fallback, optional=optional)
         if text is None:
             return None
         number = whole_number(text)

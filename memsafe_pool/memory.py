@@ -86,8 +86,8 @@ def headroom() -> int:
 def usage() -> int:
     """Return the memory in bytes that is used under the limit with the least room.
 
-    In a container what the kernel charges to it, less inactive file pages, which it gives back
-    when they are needed: the number that decides about out-of-memory kills. About 0.2 ms. Where
+    In a container what the kernel charges to it, less what it can take back: pages of files and
+    its own caches. That decides about out-of-memory kills. About 0.2 ms. Where
     the machine's memory is the limit, what this process and all its descendants have (PSS: shared
     pages in equal parts). That takes 1 ms per process and more, about 10 ms per GB.
     """

@@ -8,8 +8,9 @@ A paused task loses nothing: it goes on where it was when others have ended. The
 * While that fits into what is left, nothing is done. Else the newest tasks that are still going to take
   something are stopped until it does: early, when they are small, so that the rest can finish. The oldest of
   them, the *leader*, goes on: it is to end, and its memory comes back.
-* The leader is stopped, too, when the limit is near. If then nothing runs that could end, we are stuck, and
-  say so: something has to be ended.
+* The leader is stopped, too, when the limit is near. What the kernel may be able to take back is room for it
+  alone: so the kernel has to find out, and nobody is ended for what may be free soon. If then nothing runs
+  that could end, we are stuck, and say so: something has to be ended.
 * Paused tasks go on, the oldest first, when what they may need fits again, the leader as soon as there is
   a little. All of them grew when they were stopped, so each may need what the largest of its kind did: it
   goes on by itself, and shows whether it does.
@@ -150,7 +151,9 @@ class Pauses:
             self._no_room_since = None
         return run is not None and run.paused
 
-    def decide(self, now: float, headroom: float, limit: float, samples: Sequence[Sample]) -> Decision:
+    def decide(
+        self, now: float, headroom: float, limit: float, samples: Sequence[Sample], uncertain: float = 0.0
+    ) -> Decision:
         """Return what to do.
 
         Arguments:
@@ -158,6 +161,7 @@ class Pauses:
             headroom: Bytes left until something bad happens.
             limit: Bytes there are in all.
             samples: The running tasks, the oldest first, paused ones as well.
+            uncertain: Bytes more that there may be, and for which a task may have to wait.
         """
         decision = Decision()
         runs: list[tuple[Hashable, _Run]] = []
@@ -173,21 +177,23 @@ class Pauses:
         margin = max(MARGIN_SHARE * limit, MARGIN_BYTES)
         room = headroom - margin
         if decision.growing and self._enabled:
-            self._stop(runs, room, decision)
+            self._stop(runs, room, uncertain, decision)
         if not decision.stop:
-            self._go_on(runs, room, margin, decision)
+            self._go_on(runs, room, uncertain, margin, decision)
         self._find_stuck(now, runs, decision)
         decision.wait = self._wait(now, runs, room)
         return decision
 
-    def _stop(self, runs: list[tuple[Hashable, _Run]], room: float, decision: Decision) -> None:
+    def _stop(
+        self, runs: list[tuple[Hashable, _Run]], room: float, uncertain: float, decision: Decision
+    ) -> None:
         active = [(task, run) for task, run in runs if not run.paused]
         over = sum(run.need for _, run in active) - room
         leader = next((run for _, run in runs if run.need > 0), None)
         for task, run in reversed(active):
             # At the speed at which it grows, the leader comes that far until it is looked at again.
             near = 2 * SHORTEST * run.rate if run is leader and run.growing else 0.0
-            if run is leader and room > near:
+            if run is leader and room + uncertain > near:
                 continue
             if over > 0 and run.need > 0 and not run.spared:
                 over -= run.need
@@ -195,7 +201,12 @@ class Pauses:
                 decision.stop.append(task)
 
     def _go_on(
-        self, runs: list[tuple[Hashable, _Run]], room: float, margin: float, decision: Decision
+        self,
+        runs: list[tuple[Hashable, _Run]],
+        room: float,
+        uncertain: float,
+        margin: float,
+        decision: Decision,
     ) -> None:
         needed = sum(run.need for _, run in runs if not run.paused)
         leading = True
@@ -204,7 +215,7 @@ class Pauses:
                 need = max(run.need, run.most - run.grown, MATTERS_BYTES)
                 # At the speed at which it grew, the leader must not come to the limit before the next sample.
                 enough = max(margin, SHORTEST * run.rate)
-                if not (needed + need <= RESUME_SHARE * room or (leading and room > enough)):
+                if not (needed + need <= RESUME_SHARE * room or (leading and room + uncertain > enough)):
                     break  # nobody passes
                 needed += need
                 run.paused = False

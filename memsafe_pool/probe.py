@@ -4,8 +4,8 @@ Covers limits of memory cgroups (v1 and v2, over all ancestors that can be seen)
 pressure, counts of out-of-memory kills, and the memory of a tree of processes. Decides nothing. Swap is not
 counted: what was swapped out is not in use, and room for it is not room.
 
-Where cgroups are is in ``cgroups``; the memory of one process by itself is in ``memory``. Imports neither
-Celery nor billiard.
+Where cgroups are is in ``cgroups``, what is used of what a cgroup is charged in ``reclaim``; the memory of
+one process by itself is in ``memory``. Imports neither Celery nor billiard.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from memsafe_pool import reclaim
 from memsafe_pool.cgroups import NO_LIMIT, Files, Place, field, find
 
 __all__ = ["Level", "Pressure", "Probe", "Reading"]
@@ -55,11 +56,13 @@ class Level:
         source: The file it comes from, or ``"physical memory"``.
         used: As ``used_bytes`` of a reading.
         used_source: The file or files that comes from.
-        charged_file: The file with the number of what is used and of ``inactive`` together; of a machine
-            ``meminfo``. None where use was found by other means.
-        stat_file: The file with ``inactive``, and the name that begins its line there; None where inactive
-            pages are not known.
-        inactive: The inactive file pages that are left out of ``used``.
+        uncertain: As ``uncertain_bytes`` of a reading.
+        charged: What the kernel has charged: ``used``, and what it can take back.
+        version: Of the cgroup; 0 for the machine.
+        charged_file: The file with ``charged``; of a machine ``meminfo``. None where use was found by other
+            means.
+        stat_file: The file that tells what can be taken back; None where that is not known.
+        kernel_file: The file with what is the kernel's own, in version 1; None where there is none.
     """
 
     limit: int
@@ -67,9 +70,12 @@ class Level:
     source: str
     used: int
     used_source: str
+    uncertain: int = 0
+    charged: int = 0
+    version: int = 0
     charged_file: str | None = None
-    stat_file: tuple[str, bytes] | None = None
-    inactive: int = 0
+    stat_file: str | None = None
+    kernel_file: str | None = None
 
     @property
     def room(self) -> int:
@@ -92,9 +98,12 @@ class Reading:
         limit_kind: ``"max"``: the kernel kills above it. ``"high"``: it slows down and reclaims above it.
             ``"physical"``: the machine's memory.
         limit_source: The file the limit comes from, or ``"physical memory"``.
-        used_bytes: What is used of it, by us and by all others under it, less what the kernel gives back
-            without effort: inactive file pages in a cgroup, what ``MemAvailable`` counts on a machine.
+        used_bytes: What is used of it, by us and by all others under it, and cannot be taken back by the
+            kernel: in a cgroup what ``reclaim`` says, on a machine all but ``MemAvailable``. Pages of files
+            and caches of the kernel are not in it, files in ``/dev/shm`` are.
         used_source: The file or files that comes from.
+        uncertain_bytes: Of ``used_bytes``, what the kernel may be able to take back all the same, in a while,
+            as far as that leaves more room: no reason to end anything.
         lowest_limit_bytes: The lowest of all limits; more than 0.
         lowest_limit_source: Where that comes from, as ``limit_source``.
         high_bytes: The lowest ``memory.high``, None where there is none or it is above the machine's memory.
@@ -127,6 +136,7 @@ class Reading:
     oom_group: bool | None
     pressure: Pressure | None
     levels: tuple[Level, ...] = ()
+    uncertain_bytes: int = 0
 
     @property
     def headroom_bytes(self) -> int:
@@ -221,7 +231,7 @@ class Probe:
             available = os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES // 1024
         used = max(0, total - available) * 1024
         source = files.prefix + path
-        return Level(total * 1024, "physical", "physical memory", used, source, source)
+        return Level(total * 1024, "physical", "physical memory", used, source, charged_file=source)
 
     def _machine_elsewhere(self) -> Level:
         import psutil
@@ -269,8 +279,7 @@ class Probe:
         return _Group(levels, None, prefix + own, kills, oom_group=False)
 
     def _level_1(self, limit: int, source: str, folder: str, stat: bytes | None) -> Level:
-        stat_file = f"{folder}/memory.stat", b"total_inactive_file "
-        return self._level((limit, "max", source), f"{folder}/memory.usage_in_bytes", stat_file, stat)
+        return self._level((limit, "max", source), 1, folder, stat)
 
     def _version_2(self, place: Place, physical: int) -> _Group:
         files, prefix = self._files, self._files.prefix
@@ -294,9 +303,8 @@ class Probe:
             if high < limit:
                 limit, kind = high, "high"
             if limit < physical:
-                stat_file = f"{folder}/memory.stat", b"inactive_file "
                 found = limit, kind, f"{prefix}{folder}/memory.{kind}"
-                levels.append(self._level(found, f"{folder}/memory.current", stat_file, None))
+                levels.append(self._level(found, 2, folder, None))
             group = group or self._is_group(f"{folder}/memory.oom.group")
         if charged is None:
             return self._no_group()
@@ -321,35 +329,38 @@ class Probe:
             self._files.odd(path, text, "0 or 1", fallback)
         return text.strip() == b"1"
 
-    def _level(
-        self, found: tuple[int, Kind, str], path: str, stat_file: tuple[str, bytes], stat: bytes | None
-    ) -> Level:
-        """Return a limit, its kind and its file with the use of its cgroup.
-
-        The kernel gathers ``memory.stat`` from all cores in portions, so that inactive file pages may be
-        wrong by 64 pages for each core.
-        """
+    def _level(self, found: tuple[int, Kind, str], version: int, folder: str, stat: bytes | None) -> Level:
+        """Return a limit, its kind and its file with the use of its cgroup."""
         files = self._files
-        used = files.number(
+        path = f"{folder}/{'memory.usage_in_bytes' if version == 1 else 'memory.current'}"
+        charged = files.number(
             path, "the resident memory of our own processes is taken, which is too much of them"
         )
-        if used is None:
+        if charged is None:
             return Level(*found, sum(map(self._resident_bytes, self._tree())), "/proc/<pid>/statm")
-        stat_path, name = stat_file
-        fallback = "inactive file pages are counted as used"
+        stat_path = f"{folder}/memory.stat"
+        fallback = "pages of files are counted as used"
         if stat is None:
             stat = files.get(stat_path, fallback)
-        inactive = files.number_on_line(stat_path, stat, name, fallback)
-        charged = files.prefix + path
-        if inactive is None:
-            return Level(*found, used, charged, charged)
+        kernel, kernel_path = None, f"{folder}/memory.kmem.usage_in_bytes"
+        if version == 1:
+            kernel = files.number(kernel_path, "memory of the kernel is counted as used", optional=True)
+        use = None if stat is None else reclaim.find(version, found[0], charged, stat, kernel or 0)
+        charged_path = files.prefix + path
+        if use is None:
+            if stat is not None:
+                files.odd(stat_path, stat, "number of pages of files", fallback)
+            return Level(*found, charged, charged_path, charged=charged, charged_file=charged_path)
         return Level(
             *found,
-            used=max(0, used - inactive),
-            used_source=f"{charged} - {stat_path.rpartition('/')[2]}",
-            charged_file=charged,
-            stat_file=(files.prefix + stat_path, name),
-            inactive=inactive,
+            used=use.used,
+            used_source=f"{charged_path} - memory.stat",
+            uncertain=use.uncertain,
+            charged=charged,
+            version=version,
+            charged_file=charged_path,
+            stat_file=files.prefix + stat_path,
+            kernel_file=None if kernel is None else files.prefix + kernel_path,
         )
 
     def _reading(self, machine: Level, group: _Group, pressure: Pressure | None) -> Reading:
@@ -374,6 +385,7 @@ class Probe:
             oom_group=group.oom_group,
             pressure=pressure,
             levels=tuple(levels),
+            uncertain_bytes=min(level.room + level.uncertain for level in levels) - least.room,
         )
 
     # Pressure

@@ -212,7 +212,10 @@ class Watch:
         with self._lock:
             now = time.monotonic()
             self._sample()
-            return self._look(now, others)
+            (_, within), _ = self._headroom()
+            # Of a budget that is our own nothing is theirs.
+            theirs = within - self._headroom(others)[0][1] if others else 0
+            return self._look(now, within, theirs)
 
     def refresh(self) -> Reading:
         """Read all there is to know about the limit again."""
@@ -254,15 +257,18 @@ class Watch:
                 return 1.0
             now = time.monotonic()
             self._sample()
-            left = self._headroom()[0] - self._starting_bytes(True)
+            # Where all are paused, one may be ended for what is read now.
+            exact = all(self._pauses.is_paused(run.job) for run in list(self._runs.values()))
+            (left, _), (most, most_within) = self._headroom(exact=exact)
             decision = self._pauses.decide(
                 now,
-                left,
+                left - self._starting_bytes(True),
                 self.budget.ceiling,
                 [
                     Sample(run.job, run.job.estimate, run.job.grown, now < run.spared_until)
                     for run in list(self._runs.values())
                 ],
+                most - left,
             )
             changed = []
             for run in list(self._runs.values()):
@@ -275,7 +281,7 @@ class Watch:
             wait = min(decision.wait, LIMITED_SECONDS) if self._any_limited() else decision.wait
             if decision.stuck and now - self._stuck_at > STUCK_AGAIN_SECONDS:
                 self._stuck_at = now
-                look = self._look(now, 0)
+                look = self._look(now, most_within, 0)
         for run, paused in changed:
             self._on_pause(run.child, run.job, paused, now)
         for run, soft in passed:
@@ -287,27 +293,27 @@ class Watch:
     def _any_limited(self) -> bool:
         return any(run.job.soft_limit or run.job.hard_limit for run in list(self._runs.values()))
 
-    def _look(self, now: float, others: int) -> Look:
-        _, within = self._headroom()
-        # Of a budget that is our own nothing is theirs.
-        theirs = within - self._headroom(others)[1] if others else 0
+    def _look(self, now: float, within: int, theirs: int) -> Look:
         running = [
             Seen(run.job, run.job.grown, growing=run.growing, paused=self._pauses.is_paused(run.job))
             for run in list(self._runs.values())
         ]
         return Look(now, within, running, theirs, self._starting_bytes(False))
 
-    def _headroom(self, others: int = 0) -> tuple[int, int]:
-        """Return what is left until the budget's ceiling, and what is left of the budget.
+    def _headroom(self, others: int = 0, *, exact: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return what is left until the budget's ceiling and what is left of the budget; and both at most.
 
         Arguments:
             others: What other workers under the limit have set aside.
+            exact: As for the gauge.
         """
-
-        def own() -> int:
-            return self._own_bytes() + sum(run.job.grown - run.in_shared for run in list(self._runs.values()))
-
-        return self.budget.left(self._gauge.headroom() - others, own)
+        runs = list(self._runs.values())
+        headroom = self._gauge.headroom(sum(run.job.grown for run in runs), exact=exact) - others
+        own_bytes = 0
+        if not self.budget.auto:
+            own_bytes = self._own_bytes() + sum(run.job.grown - run.in_shared for run in runs)
+        left = self.budget.left(headroom, lambda: own_bytes)
+        return left, self.budget.left(headroom + self._gauge.uncertain, lambda: own_bytes)
 
     def _sample(self) -> None:
         for child, run in list(self._runs.items()):

@@ -73,17 +73,41 @@ def proc(cgroup, mountinfo, *, memory=None, pressure=None):
     }
 
 
-def v1(folder, *, limit=V1_NO_LIMIT, used=0, inactive=0, kills=0, hierarchical=None):
-    """The files of a cgroup of version 1; ``hierarchical`` is the limit that its ancestors leave it."""
+def v1(
+    folder,
+    *,
+    limit=V1_NO_LIMIT,
+    used=0,
+    inactive=0,
+    kills=0,
+    hierarchical=None,
+    active=0,
+    unwritten=0,
+    kernel=0,
+):
+    """The files of a cgroup of version 1; ``hierarchical`` is the limit that its ancestors leave it.
+
+    Arguments:
+        used: What is charged, all of the following included.
+        inactive, active: Pages of files.
+        unwritten: Of these, what has to be written first; a quarter of it is being written.
+        kernel: What is the kernel's, dentries among it.
+    """
     hierarchical = limit if hierarchical is None else hierarchical
     return {
         f"{folder}/memory.limit_in_bytes": f"{limit}\n",
         f"{folder}/memory.usage_in_bytes": f"{used}\n",
+        f"{folder}/memory.kmem.usage_in_bytes": f"{kernel}\n",
+        f"{folder}/memory.kmem.slabinfo": "",
         f"{folder}/memory.oom_control": f"oom_kill_disable 0\nunder_oom 0\noom_kill {kills}\n",
         f"{folder}/memory.stat": f"""\
 cache {inactive}
 rss 5320704
 rss_huge 0
+shmem 81920
+mapped_file 94208
+dirty 10358784
+writeback 4096
 inactive_anon 0
 active_anon 1531904
 inactive_file 4096
@@ -91,19 +115,43 @@ active_file 503808
 unevictable 0
 hierarchical_memory_limit {hierarchical}
 hierarchical_memsw_limit {V1_NO_LIMIT}
-total_cache {inactive}
+total_cache {inactive + active}
 total_rss 162299904
+total_shmem 81920
+total_mapped_file 94208
+total_dirty {unwritten * 3 // 4}
+total_writeback {unwritten // 4}
 total_inactive_anon 196030464
 total_active_anon 24522752
 total_inactive_file {inactive}
-total_active_file 202850304
+total_active_file {active}
 total_unevictable 0
 """,
     }
 
 
-def v2(folder, *, maximum="max", high="max", used=0, inactive=0, kills=0, group=0, pressure=None):
-    """The files of a memory cgroup of version 2 that is not the root of all."""
+def v2(
+    folder,
+    *,
+    maximum="max",
+    high="max",
+    used=0,
+    inactive=0,
+    kills=0,
+    group=0,
+    pressure=None,
+    active=0,
+    unwritten=0,
+    slab=0,
+):
+    """The files of a memory cgroup of version 2 that is not the root of all.
+
+    Arguments:
+        used: What is charged, all of the following included.
+        inactive, active: Pages of files.
+        unwritten: Of these, what has to be written first; a quarter of it is being written.
+        slab: Dentries, inodes and the like.
+    """
     return {
         f"{folder}/memory.max": f"{maximum}\n",
         f"{folder}/memory.high": f"{high}\n",
@@ -115,14 +163,22 @@ def v2(folder, *, maximum="max", high="max", used=0, inactive=0, kills=0, group=
         else pressure,
         f"{folder}/memory.stat": f"""\
 anon 162299904
-file {inactive + 503808}
-kernel 5320704
-shmem 0
+file {inactive + active + 81920}
+kernel {slab + 5320704}
+kernel_stack 376832
+pagetables 2248704
+shmem 81920
+file_mapped 94208
+file_dirty {unwritten * 3 // 4}
+file_writeback {unwritten // 4}
 inactive_anon 196030464
 active_anon 24522752
 inactive_file {inactive}
-active_file 503808
+active_file {active}
 unevictable 0
+slab_reclaimable {slab}
+slab_unreclaimable 1396736
+slab {slab + 1396736}
 """,
     }
 

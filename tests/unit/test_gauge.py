@@ -29,7 +29,8 @@ class Seen:
         self.folder, self.now, self.warnings = folder, 0.0, []
         self.change(files)
         self.probe = Probe(folder, on_warning=self.warnings.append)
-        self.gauge = Gauge(self.probe, clock=lambda: self.now)
+        # Reading takes no time by this clock, so nothing is held back.
+        self.gauge = Gauge(self.probe, clock=lambda: self.now, timer=lambda: self.now)
         self.full = 0
         self.read, self.probe.read = self.probe.read, self.counted
 
@@ -47,8 +48,8 @@ class Seen:
             else:
                 tree(self.folder, {path: text})
 
-    def headroom(self):
-        return self.gauge.headroom()
+    def headroom(self, *arguments, **options):
+        return self.gauge.headroom(*arguments, **options)
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_machine_memory(seen):
     assert it.full == 0
 
 
-def test_inactive_pages_are_read_where_it_matters(seen):
+def test_what_can_be_taken_back_is_read_where_it_matters(seen):
     """Near the limit, or when use has changed: what was reclaimed is no room. Else the number may be old."""
     it = seen(trees.DOCKER_V2)
     changed = v2(V2, maximum=512 * MB, used=310 * MB, inactive=10 * MB)
@@ -120,6 +121,91 @@ def test_inactive_pages_are_read_where_it_matters(seen):
     it.change({f"{V2}/memory.current": f"{400 * MB}\n"})
     assert it.headroom() == (112 + 5) * MB
     assert it.full == 0
+
+
+@pytest.mark.parametrize("files", ["v1", "v2"])
+def test_a_full_cache_is_room(seen, files):
+    """Tasks take the place of files and dentries: what is charged stays, and what is left is told."""
+
+    def full(grown):
+        if files == "v1":
+            numbers = {"active": (380 - grown) * MB, "kernel": 52 * MB + 1}
+            return trees.v1(V1, limit=512 * MB, used=512 * MB, **numbers)
+        return v2(V2, maximum=512 * MB, used=512 * MB, active=(380 - grown) * MB, slab=40 * MB)
+
+    it = seen({**(trees.DOCKER_V1 if files == "v1" else trees.DOCKER_V2), **full(0)})
+    for grown in (0, 100, 50, 300, 380):
+        it.change(full(grown))
+        assert abs(it.headroom(grown * MB) - (420 - grown) * MB) < 26 * MB
+        if files == "v2":
+            assert it.headroom(grown * MB) == (420 - grown) * MB
+    assert it.full == 0
+
+
+class Timer:
+    """A gauge on a full cache, whose ``memory.stat`` takes so many seconds to read."""
+
+    def __init__(self, it, monkeypatch, cost):
+        self.it, self.now, self.cost, self.spent = it, 0.0, cost, 0.0
+        find = gauge_module.reclaim.find
+
+        def dear(*arguments):
+            self.now += self.cost
+            self.spent += self.cost
+            return find(*arguments)
+
+        it.gauge.close()
+        it.gauge = Gauge(it.probe, refresh=1e9, clock=lambda: 0.0, timer=lambda: self.now)
+        monkeypatch.setattr(gauge_module.reclaim, "find", dear)
+
+
+def full_cache(used=512, active=400):
+    return {**trees.DOCKER_V2, **v2(V2, maximum=512 * MB, used=used * MB, active=active * MB)}
+
+
+@pytest.mark.parametrize("cost", [1e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize(("active", "share"), [(400, 0.01), (100, 0.05)])
+def test_reading_takes_a_part_of_the_time(seen, monkeypatch, cost, active, share):
+    """One hundredth, a twentieth where little is left; however long it takes, and as often as it may be."""
+    it = seen(full_cache(active=active))
+    timer = Timer(it, monkeypatch, cost)
+    for _ in range(4000):
+        timer.now += 0.005
+        it.headroom()
+    assert timer.spent <= share * timer.now + cost
+    assert timer.spent >= 0.8 * min(4000 * cost, share * timer.now)
+
+
+def test_what_is_taken_in_between_counts(seen, monkeypatch):
+    """By what is charged; by what tasks say where it takes the place of files; and is put right later."""
+    it = seen(full_cache(used=450))
+    timer = Timer(it, monkeypatch, 0.01)
+    assert it.headroom(10 * MB) == 462 * MB
+    it.change(full_cache(used=470, active=420))
+    assert it.headroom(10 * MB) == 442 * MB
+    it.change(full_cache(used=512, active=300))
+    assert it.headroom(170 * MB) == 302 * MB
+    it.change(full_cache(used=512, active=450))
+    assert it.headroom(20 * MB) == 400 * MB
+    assert it.headroom(20 * MB, exact=True) == 450 * MB
+    it.change(full_cache(used=480, active=400))
+    assert it.headroom(0) == 450 * MB
+    timer.now += 10.0
+    assert it.headroom(0) == 432 * MB
+
+
+def test_what_is_uncertain(seen):
+    """As the probe says: what may be free soon counts only where no other limit is in the way."""
+    full = v2(V2, maximum=512 * MB, used=512 * MB, active=400 * MB, unwritten=50 * MB)
+    it = seen({**trees.DOCKER_V2, **full})
+    assert it.read().uncertain_bytes == 50 * MB
+    assert (it.headroom(), it.gauge.uncertain) == (350 * MB, 50 * MB)
+    it.change({"/proc/meminfo": trees.meminfo(available=370 * MB)})
+    assert it.read().uncertain_bytes == 20 * MB
+    assert (it.headroom(), it.gauge.uncertain) == (350 * MB, 20 * MB)
+    it.change({"/proc/meminfo": trees.meminfo(available=300 * MB)})
+    assert it.read().uncertain_bytes == 0
+    assert (it.headroom(), it.gauge.uncertain) == (300 * MB, 0)
 
 
 def test_error_by_reclaim_is_less_than_what_is_free(seen):

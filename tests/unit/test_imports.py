@@ -35,6 +35,7 @@ PURE = [
     "pauses",
     "peaks",
     "probe",
+    "reclaim",
     "recycle",
     "reservations",
     "rlimit",

@@ -25,14 +25,14 @@ class Watch:
     def paused(self):
         return [name for name in self.estimates if self.pauses.is_paused(name)]
 
-    def look(self, headroom, after=0.01, spared="", **grown):
-        """What is decided when so many MiB are left, and the tasks have taken so many."""
+    def look(self, headroom, after=0.01, spared="", uncertain=0, **grown):
+        """What is decided when so many MiB are left, perhaps more, and the tasks have taken so many."""
         self.now += after
         samples = [
             Sample(name, self.estimates[name], int(size * MIB), spared=name == spared)
             for name, size in grown.items()
         ]
-        return self.pauses.decide(self.now, headroom * MIB, LIMIT, samples)
+        return self.pauses.decide(self.now, headroom * MIB, LIMIT, samples, uncertain * MIB)
 
 
 def test_nothing_is_done_while_all_fits():
@@ -76,6 +76,19 @@ def test_the_leader_goes_on_until_the_limit_is_near():
     assert watch.look(300, a=50, b=50).stop == ["b"]
     assert watch.look(100, a=200, b=50, after=0.2).stop == []
     assert watch.look(29, a=260, b=50, after=0.2).stop == ["a"]
+
+
+def test_what_may_be_taken_back_is_room_for_the_leader_alone():
+    """The others wait until it was; and all do when it is not enough, so that one has to be ended."""
+    watch = Watch(a=300, b=300)
+    watch.look(100, uncertain=60, a=0, b=0)
+    assert watch.look(20, uncertain=60, a=40, b=40).stop == ["b"]
+    assert watch.look(5, uncertain=60, a=55, b=40, after=0.2).stop == []
+    assert watch.look(-40, uncertain=60, a=100, b=40).stop == ["a"]
+    assert watch.look(-40, uncertain=60, a=100, b=40).go_on == []
+    assert watch.look(-40, uncertain=60, a=100, b=40, after=STUCK_SECONDS).stuck
+    assert watch.look(-40, uncertain=140, a=100, b=40).go_on == ["a"]
+    assert watch.paused == ["b"]
 
 
 def test_one_that_is_spared_is_not_stopped():

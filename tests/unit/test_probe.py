@@ -432,13 +432,15 @@ def test_odd_use(seen, name, file, odd):
     assert "resident memory of our own processes" in it.warning()
 
 
-@pytest.mark.parametrize("odd", [None, "", "inactive_file\n", "inactive_file x\n", UNREADABLE])
+@pytest.mark.parametrize(
+    "odd", [None, "", "inactive_file 9\nactive_file\n", "inactive_file x\nactive_file 9\n", UNREADABLE]
+)
 def test_odd_stat(seen, odd):
-    """Without it, file pages count as used: too much rather than too little."""
+    """Without it, pages of files count as used: too much rather than too little."""
     it = seen(trees.DOCKER_V2, {f"{V2}/memory.stat": odd})
     assert it.used() == 300 * MB
     assert it.used() == 300 * MB
-    assert "inactive file pages are counted as used" in it.warning()
+    assert "pages of files are counted as used" in it.warning()
 
 
 @pytest.mark.parametrize("file", ["/proc/self/cgroup", "/proc/self/mountinfo"])
