@@ -22,7 +22,7 @@ INSIDE = """
 import os, sys
 with open(sys.argv[1], "w") as file:
     file.write(str(os.getpid()))
-import dataclasses, json
+import dataclasses, json, mmap
 from memsafe_pool.probe import Probe
 warnings, held = [], []
 probe = Probe(on_warning=warnings.append)
@@ -33,11 +33,24 @@ for line in sys.stdin:
         held.append(bytearray(b"x") * int(value))
     elif what == "free":
         held.clear()
-    elif what == "look":
-        with open(value, "rb", buffering=0) as file:
-            buffer = bytearray(65536)
-            while file.readinto(buffer):
-                pass
+    elif what in ("look", "reread"):
+        for _ in range(1 + (what == "reread")):
+            with open(value, "rb", buffering=0) as file:
+                buffer = bytearray(65536)
+                while file.readinto(buffer):
+                    pass
+    elif what == "map":
+        with open(value, "rb") as file:
+            held.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        for _ in range(2):
+            sum(held[-1][::4096])
+    elif what == "miss":
+        for number in range(int(value)):
+            os.path.exists(f"/sys/kernel/{number:0>200}")
+    elif what == "write":
+        with open(value, "wb", buffering=0) as file:
+            for _ in range(20):
+                file.write(bytes(1 << 20))
     answer = dataclasses.asdict(probe.read())
     del answer["levels"]
     print(json.dumps({**answer, "tree_bytes": probe.tree_bytes(), "warnings": warnings}), flush=True)
@@ -144,15 +157,21 @@ def test_a_move_is_followed(outer, inner, inside):
     assert (answer["limit_bytes"], answer["cgroup"]) == (90 * MB, str(other.folder))
 
 
-def test_use(outer, inside, tmp_path):
-    """What a process allocates is used; what it has read from a file, and need not keep, is not."""
+@pytest.fixture
+def path(tmp_path):
+    """A file of 50 MB that is in nobody's cache, so that the one who reads it is charged."""
     path = tmp_path / "file"
     with open(path, "wb") as file:
         file.write(bytes(50 * MB))
         file.flush()
         os.fsync(file.fileno())
-        # Out of the cache, so that the one who reads it is charged.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return path
+
+
+@pytest.mark.parametrize("order", ["look", "reread", "map"])
+def test_use(outer, inside, path, order):
+    """What a process allocates is used; what it has read from a file is not, however often, nor a map of it."""
     first, charged = inside(), outer.usage()
     before = first["used_bytes"]
     assert 0 < before < 50 * MB
@@ -161,11 +180,50 @@ def test_use(outer, inside, tmp_path):
     # The kernel gathers its statistics in portions, and every 2 s.
     is_grown = lambda more: abs(inside()["used_bytes"] - before - more) < 2 * MB  # noqa: E731 - one line each
     until(lambda: is_grown(50 * MB), "50 MB to be used")
-    inside(f"look {path}")
+    inside(f"{order} {path}")
     if outer.usage() - charged < 95 * MB:
-        pytest.skip(f"the file system of {tmp_path} has no page cache of its own")
+        pytest.skip(f"the file system of {path} has no page cache of its own")
     until(lambda: is_grown(50 * MB), "50 MB to be used, without what was read")
     inside("free")
+    until(lambda: is_grown(0), "as much to be used as before")
+
+
+#: In version 1 so much of the kernel's memory counts as used although it can be taken back.
+KERNEL = 12 * MB
+
+
+def test_dentries(outer, inside):
+    """What the kernel remembers of names that do not exist is not used."""
+    first, charged = inside(), outer.usage()
+    answer = inside("miss 100000")
+    assert outer.usage() - charged > 30 * MB
+    until(lambda: inside()["used_bytes"] - first["used_bytes"] < KERNEL, "dentries not to be used")
+    assert answer["uncertain_bytes"] < KERNEL
+
+
+def test_pages_to_be_written(outer, inside, path):
+    """As long as they are that they are used, and nothing to end anybody for; then they are files."""
+    first, charged = inside(), outer.usage()
+    answer = inside(f"write {path}")
+    if outer.usage() - charged < 15 * MB:
+        pytest.skip(f"the file system of {path} has no page cache of its own")
+    more = answer["used_bytes"] - first["used_bytes"]
+    assert abs(more - (answer["uncertain_bytes"] - first["uncertain_bytes"])) < 4 * MB
+    os.sync()
+    until(lambda: inside()["used_bytes"] - first["used_bytes"] < 4 * MB, "what was written not to be used")
+    assert outer.usage() - charged > 15 * MB
+
+
+def test_files_in_memory(inside):
+    """Nobody can take them back: they are used until they are deleted."""
+    path = f"/dev/shm/memsafe-test-{os.getpid()}"
+    before = inside()["used_bytes"]
+    is_grown = lambda more: abs(inside()["used_bytes"] - before - more) < 2 * MB  # noqa: E731 - one line each
+    try:
+        inside(f"write {path}")
+        until(lambda: is_grown(20 * MB), "a file of 20 MB in memory to be used")
+    finally:
+        os.unlink(path)
     until(lambda: is_grown(0), "as much to be used as before")
 
 
