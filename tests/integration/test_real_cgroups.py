@@ -171,7 +171,7 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("order", ["look", "reread", "map"])
 def test_use(outer, inside, path, order):
-    """What a process allocates is used; what it has read from a file is not, however often, nor a map of it."""
+    """What a process allocates is used; what it has read from a file is not, however it has read it."""
     first, charged = inside(), outer.usage()
     before = first["used_bytes"]
     assert 0 < before < 50 * MB

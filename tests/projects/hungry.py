@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import time
 from pathlib import Path
@@ -49,6 +50,51 @@ def have(path, value, mib, seconds):
 def need(path, value, mib, seconds=0.1):
     """Have so much memory for so long, and write when that begins and ends."""
     return have(path, value, mib, seconds)
+
+
+@app.task
+def read(path, times):
+    """Read a file, so often."""
+    for _ in range(times):
+        with open(path, "rb", buffering=0) as file:
+            while file.read(MIB):
+                pass
+
+
+@app.task
+def use_model(path):
+    """Map a file for good, and look at all of it twice."""
+    with open(path, "rb") as file:
+        kept.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    for _ in range(2):
+        sum(kept[-1][::4096])
+
+
+@app.task
+def miss(count):
+    """Look for files that are not there; the kernel remembers each, in half a KB."""
+    for number in range(count):
+        os.path.exists(f"/sys/kernel/{os.getpid()}-{number:0>200}")
+
+
+@app.task
+def write_on(path, mib, end):
+    """Write a file of so many MiB again and again, until there is a file ``end``."""
+    while not os.path.exists(end):
+        with open(path, "wb", buffering=0) as file:
+            file.writelines(bytes(MIB) for _ in range(mib))
+
+
+@app.task
+def have_file(path, mib, end):
+    """Have a file of so many MiB, until there is a file ``end``."""
+    try:
+        with open(path, "wb", buffering=0) as file:
+            file.writelines(bytes(MIB) for _ in range(mib))
+        while not os.path.exists(end):
+            time.sleep(0.01)
+    finally:
+        os.unlink(path)
 
 
 @app.task(bind=True, max_retries=1)
