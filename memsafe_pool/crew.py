@@ -127,16 +127,12 @@ class Crew:
 
     # -- start
 
-    def start(self, sender: Any) -> None:
+    def start(self) -> None:
         """Start a child.
-
-        Arguments:
-            sender: The sender of ``worker_before_create_process``.
 
         Raises:
             OSError: Not even its socket could be made.
         """
-        upstream.worker_before_create_process.send(sender=sender)
         ours, theirs = _socket_pair()
         self.starts += 1
         child = Child(

@@ -808,7 +808,7 @@ class Engine:
     def _start(self, count: int) -> None:
         for _ in range(count):
             try:
-                self.crew.start(sender=self)
+                self.crew.start()
             except OSError as exc:
                 shortage = f"no socket for it: {exc.strerror}" if scarcity.is_shortage(exc) else None
                 if shortage is None:

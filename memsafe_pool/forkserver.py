@@ -119,6 +119,7 @@ def begin_as_fork(app: Any, role: Role, sock: socket.socket, descriptors: Descri
         sock: The forkserver's end of its socket pair with the worker.
         descriptors: What was open when the pool began, and may be shared.
     """
+    upstream.send_before_create_process(role.terms.hostname)
     app.finalize()
     upstream.build_tracers(app, role.terms.hostname)
     gc.collect()
@@ -151,6 +152,9 @@ def serve(
     sock.setblocking(True)  # whatever socket.setdefaulttimeout() says
     try:
         upstream.prepare_app(app, role.terms.hostname, fresh=fresh)
+        if fresh:
+            # Before the heap is frozen and threads are counted. A forked one has what the worker had loaded.
+            upstream.send_before_create_process(role.terms.hostname)
         if fresh or role.preload:
             gc.collect()
             gc.freeze()
@@ -191,6 +195,7 @@ def settle(role: Role) -> None:
         resource.setrlimit(_MARKED_LIMIT, (_MARK + role.terms.worker_pid, hard))
     child.tie_to_parent(role.terms.worker_pid)
     upstream.become_child("ForkServer", None, role.terms.worker_pid)
+    upstream.set_title(role.terms.hostname)
 
 
 def is_descendant(pid: int) -> bool:
@@ -225,6 +230,7 @@ class _Server:
         """Fork a child, and return what to answer."""
         if not request.fds:  # there was no number free for it
             return FORK_FAILED, request.id, errno.EMFILE
+        upstream.send_before_create_process(self.terms.hostname)
         try:
             pid, midwife = _fork_orphan()
         except OSError as exc:

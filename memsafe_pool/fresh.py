@@ -169,6 +169,8 @@ def _be_child(sock: socket.socket, order: Order, terms: child.Terms) -> NoReturn
         upstream.become_child(terms.name, terms.index, terms.worker_pid)
         app = _import_app(order)
         upstream.prepare_app(app, terms.hostname, fresh=True)
+        # What its handlers load for children that are forked is not here yet.
+        upstream.send_before_create_process(terms.hostname)
     except BaseException:  # noqa: BLE001 - the worker logs it and decides
         child.send_failure(sock)
         os._exit(1)

@@ -157,6 +157,7 @@ class Spawn(_WithoutServer):
     def start(self, child: Child, sock: socket.socket) -> None:
         """Start an interpreter that has ``sock``."""
         terms = replace(self.origin.terms, name=child.name, index=child.index)
+        upstream.send_before_create_process(terms.hostname)  # as Celery does with its own spawn
         with sock:
             try:
                 pid = self.origin.start_interpreter(sock, terms)
@@ -175,6 +176,7 @@ class Fork(_WithoutServer):
 
     def start(self, child: Child, sock: socket.socket) -> None:
         """Fork a child that has ``sock``."""
+        upstream.send_before_create_process(self.origin.terms.hostname)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         try:

@@ -84,8 +84,10 @@ __all__ = [
     "prepare_process",
     "queued_requests",
     "request_of",
+    "send_before_create_process",
     "send_process_init",
     "send_process_shutdown",
+    "set_title",
     "shield_worker",
     "stop_worker",
     "task_name",
@@ -93,7 +95,6 @@ __all__ = [
     "unproxied",
     "unqueue",
     "withdraw",
-    "worker_before_create_process",
     "wrap_run",
 ]
 
@@ -276,7 +277,7 @@ def prepare_process(app: Any, hostname: str) -> None:
     """Do what each child needs of Celery and what cannot be done before it exists."""
     signals.reset(*WORKER_SIGRESET)
     signals.ignore(*WORKER_SIGIGNORE)
-    set_mp_process_title("celeryd", hostname=hostname)
+    set_title(hostname)
     app.loader.init_worker_process()
     if _logs_per_child():
         app.log.already_setup = False
@@ -307,6 +308,16 @@ def wrap_run(app: Any, name: str, hostname: str, context: Any) -> None:
     within.memsafe_context = context  # type: ignore[attr-defined]
     task.run = within
     task.__trace__ = build_tracer(name, task, app.loader, hostname, app=app)
+
+
+def set_title(hostname: str) -> None:
+    """Show this process in ``ps`` by its own name, where setproctitle is installed."""
+    set_mp_process_title("celeryd", hostname=hostname)
+
+
+def send_before_create_process(hostname: str) -> None:
+    """Send ``worker_before_create_process`` in the process that is about to be forked."""
+    worker_before_create_process.send(sender=hostname)
 
 
 def send_process_init(hostname: str) -> None:

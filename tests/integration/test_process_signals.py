@@ -32,17 +32,28 @@ WAYS = [
 ]
 
 
+def wanted_before(worker, method, children, *, fresh):
+    """In which process ``worker_before_create_process`` is to be sent, and how often."""
+    if method == "forkserver":
+        forkserver = worker.stats()["pool"]["memsafe"]["forkserver"]
+        # Once before the forkserver's own fork, or where there is none, when it has imported the app.
+        return Counter([forkserver if fresh else worker.pid] + len(children) * [forkserver])
+    if method == "spawn":
+        return Counter(len(children) * [worker.pid] + list(children))  # no child has anybody to inherit from
+    return Counter(len(children) * [worker.pid])
+
+
 @pytest.mark.parametrize(("method", "config"), WAYS if OURS else [("stock", {})])
 def test_signals_of_processes(start_worker, method, config):
-    """Before a child: in the worker. At its start and end: in the child, with its exit status.
+    """Before a child: where it is forked. At its start and end: in the child, with its exit status.
 
     Handlers are connected in the module that ``-A`` names; the forkserver begins in either way.
     """
     worker = start_worker("witness", config=config, start_method=method, concurrency=3)
     children = meet(worker, 3)
     assert len(children) == 3
-    before = notes(worker, "before_create_process")
-    assert [note["pid"] for note in before] == 3 * [worker.pid]
+    before = Counter(note["pid"] for note in notes(worker, "before_create_process"))
+    assert before == wanted_before(worker, method, children, fresh=bool(config))
     assert Counter(note["pid"] for note in notes(worker, "process_init")) == Counter(children)
     assert notes(worker, "process_shutdown") == []
     assert worker.stop() == 0
@@ -60,3 +71,24 @@ def test_signals_of_children_that_are_replaced(start_worker, start_method):
     worker.until(lambda: len(notes(worker, "process_shutdown")) >= 3, "the three to say that they end")
     assert [note["pid"] for note in notes(worker, "process_init")][:3] == children
     assert [note["pid"] for note in notes(worker, "process_shutdown")][:3] == children
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "broker"),
+    [(*way, "redis") for way in WAYS] + [("forkserver", {}, "filesystem")]
+    if OURS
+    else [("stock", {}, "redis")],
+)
+def test_what_is_loaded_before_a_child_is_created(start_worker, method, config, broker):
+    """It is in every child; where children are forked, it is loaded once, and they share its memory."""
+    worker = start_worker("preloads", config=config, start_method=method, broker=broker, concurrency=2)
+    children = meet(worker, 2)
+    for _ in range(2 * len(children)):
+        loaded_by, pid, content, private_bytes = worker.run("preloads.shared")
+        assert content == 4
+        assert pid in children
+        if method == "spawn":
+            assert loaded_by == pid
+        else:
+            assert loaded_by == (worker.stats()["pool"]["memsafe"]["forkserver"] if config else worker.pid)
+            assert private_bytes < 32 << 20
