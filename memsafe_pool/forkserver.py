@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import gc
 import os
 import pickle
@@ -36,6 +37,7 @@ import posix
 import resource
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -109,7 +111,9 @@ class Role:
     preload: tuple[str, ...] = ()
 
 
-def begin_as_fork(app: Any, role: Role, sock: socket.socket, descriptors: Descriptors) -> int:
+def begin_as_fork(
+    app: Any, role: Role, sock: socket.socket, descriptors: Descriptors, *, again: bool = False
+) -> int:
     """Fork the forkserver from the worker; return its pid. Runs in the worker.
 
     The heap is collected and frozen first, so that no collection in the worker, the
@@ -118,18 +122,22 @@ def begin_as_fork(app: Any, role: Role, sock: socket.socket, descriptors: Descri
     Arguments:
         sock: The forkserver's end of its socket pair with the worker.
         descriptors: What was open when the pool began, and may be shared.
+        again: Whether it is not the first. What the worker has by then comes and goes, and what is
+            frozen there is never collected.
     """
     upstream.send_before_create_process(role.terms.hostname)
     app.finalize()
     upstream.build_tracers(app, role.terms.hostname)
     gc.collect()
-    gc.freeze()
+    if not again:
+        gc.freeze()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     pid = os.fork()
     if pid:
         return pid
     try:
+        gc.freeze()
         cut_off(descriptors, sock.fileno())
         settle(role)
         preload(role)
@@ -336,12 +344,17 @@ def cut_off(descriptors: Descriptors, keep: int) -> None:
 
     Those are its connections to the broker, its event loop, its ends of children's sockets. The
     numbers stay taken, by the null device: objects that believe to own them are still
-    around, and must not close what gets the number next.
+    around, and must not close what gets the number next. Files that are appended to stay: such is
+    a log that was opened anew when it had been rotated.
     """
     null = os.open(os.devnull, os.O_RDWR)
     for fd, file in open_descriptors().items():
-        if descriptors.get(fd) != file and fd not in {keep, null}:
+        if descriptors.get(fd) != file and fd not in {keep, null} and not _is_log(fd):
             os.dup2(null, fd, inheritable=False)
+
+
+def _is_log(fd: int) -> bool:
+    return stat.S_ISREG(os.fstat(fd).st_mode) and bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND)
 
 
 def settled_thread_count() -> int:

@@ -298,3 +298,6 @@ def _exists(module: str) -> bool:
             return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         return False
+
+
+upstream.set_banner_name(Pool, "memsafe_pool")

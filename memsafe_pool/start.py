@@ -15,7 +15,10 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
+
+from celery.utils.log import get_logger
 
 from memsafe_pool import child as child_side
 from memsafe_pool import forkserver, fresh, scarcity, upstream
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from memsafe_pool.fleet import Child
 
 __all__ = ["Fork", "Origin", "Owner", "Spawn", "StartMethod"]
+
+logger = get_logger(__name__)
 
 
 class Owner(Protocol):
@@ -68,6 +73,14 @@ class Origin:
     child_env: Mapping[str, str]
     descriptors: forkserver.Descriptors
 
+    def tell_what_is_missing(self) -> None:
+        """Say once which handlers have made state that a fresh interpreter does not have.
+
+        They are not called again: many open a port, start a thread, send a task or clean up.
+        """
+        if handlers := upstream.start_handlers(self.terms.hostname):
+            _tell_what_is_missing(self.terms.hostname, ", ".join(handlers))
+
     def start_interpreter(self, sock: socket.socket, role: child_side.Terms | forkserver.Role) -> int:
         """Start a fresh interpreter in this role, with the app as it is now; return its pid.
 
@@ -84,6 +97,15 @@ class Origin:
             config=upstream.config_changes(self.app),
         )
         return fresh.start(sock, order, self.child_env)
+
+
+@cache
+def _tell_what_is_missing(hostname: str, handlers: str) -> None:  # the host name: once for each worker
+    logger.warning(
+        "Children are fresh interpreters, and lack what these handlers made in the worker: %s. "
+        "If tasks need it, connect them to worker_process_init as well.",
+        handlers,
+    )
 
 
 def _task_modules(app: Any) -> tuple[str, ...]:
@@ -153,6 +175,10 @@ class Spawn(_WithoutServer):
 
     name = "spawn"
     process_name = "SpawnPoolWorker"
+
+    def __init__(self, owner: Owner, origin: Origin) -> None:
+        super().__init__(owner, origin)
+        origin.tell_what_is_missing()
 
     def start(self, child: Child, sock: socket.socket) -> None:
         """Start an interpreter that has ``sock``."""

@@ -28,7 +28,7 @@ from typing import cast
 
 from celery.utils.log import get_logger
 
-from memsafe_pool import forkserver, native, scarcity, signals, start
+from memsafe_pool import forkserver, native, scarcity, signals, start, upstream
 from memsafe_pool.fleet import Child, State
 
 __all__ = ["Forkserver"]
@@ -65,6 +65,8 @@ class Forkserver:
         self._numbers = itertools.count(1)
         self._ending: dict[int, tuple[int, float]] = {}
         self._in_vain = 0
+        self._by_fork = False
+        self._stillborn = False
         self._adoption = _Adoption()
 
     # -- begin and end
@@ -89,23 +91,26 @@ class Forkserver:
             thread.name for thread in threading.enumerate() if thread is not threading.current_thread()
         ]
         can_be_fresh = self.origin.app_name is not None
-        if can_be_fresh and (threads or self.origin.child_env):
+        # Beside threads only for what nobody can make again; prefork forks beside them, too, for each child.
+        keep = bool(upstream.start_handlers(self.origin.terms.hostname))
+        if can_be_fresh and (self.origin.child_env or (threads and not keep)):
             return self._begin_fresh()
-        if threads:
+        if threads and not can_be_fresh:
             logger.warning(
                 "The forkserver is forked from a process with other threads (%s), because a fresh "
                 "interpreter could not import the app: it is no module's attribute.",
                 ", ".join(threads),
             )
         self._begin_as_fork()
-        if can_be_fresh and forkserver.settled_thread_count() > 1:
+        if can_be_fresh and not keep and forkserver.settled_thread_count() > 1:
             logger.info("The forkserver begins as a fresh interpreter: a library has started threads here.")
             self._part()
+            self._by_fork = False
             self._begin_fresh()
         return None
 
     def renew(self) -> None:
-        """Replace the process, so that children have the code as it is now."""
+        """Replace the process, so that children have the code that the worker has by now."""
         asked = self._part()
         self._begin_again()
         self._withdraw(asked)
@@ -132,13 +137,18 @@ class Forkserver:
         return not self._ending and not self.pid
 
     def _begin_again(self) -> None:
+        """Begin as the first one did; as a fresh interpreter if the last one was never ready.
+
+        A fork of the worker has what handlers and reloads have made there, as a late child of prefork has.
+        What other threads hold at that moment may be held in it for ever, which the start timeout ends.
+        """
         if self._sock is not None:
             return
         try:
-            if self.origin.app_name is not None:
-                self._begin_fresh()
-            else:
+            if (self._by_fork and not self._stillborn) or self.origin.app_name is None:
                 self._begin_as_fork()
+            else:
+                self._begin_fresh()
         except OSError as exc:
             self._on_no_start(exc)
 
@@ -147,11 +157,16 @@ class Forkserver:
         self._fail_waiting(reason, shortage=scarcity.is_shortage(exc))
 
     def _begin_as_fork(self) -> None:
+        self._by_fork = True
+        again = self._begun_at > 0
         self._begin_with(
-            lambda sock: forkserver.begin_as_fork(self.origin.app, self._role, sock, self.origin.descriptors)
+            lambda sock: forkserver.begin_as_fork(
+                self.origin.app, self._role, sock, self.origin.descriptors, again=again
+            )
         )
 
     def _begin_fresh(self) -> None:
+        self.origin.tell_what_is_missing()
         self._begin_with(lambda sock: self.origin.start_interpreter(sock, self._role))
 
     def _begin_with(self, begin: Callable[[socket.socket], int]) -> None:
@@ -242,7 +257,7 @@ class Forkserver:
     def _on_message(self, kind: str, *rest: object) -> None:
         match kind, rest:
             case forkserver.READY, (int(),):
-                self.ready = True
+                self.ready, self._stillborn = True, False
                 logger.debug("Forkserver ready (pid %s)", self.pid)
             case forkserver.REFUSED, (str(why),):
                 self._on_refusal(why)
@@ -280,6 +295,7 @@ class Forkserver:
             if asked or self._waiting or time.monotonic() >= self._again_at:
                 self._begin_again()
         else:
+            self._stillborn = True
             self._fail_waiting(f"the forkserver (pid {pid}) died before it was ready")
         self._on_silence(asked)
 
@@ -308,6 +324,7 @@ class Forkserver:
 
     def _on_failure(self, trace: str, *, shortage: bool) -> None:
         asked = self._part()
+        self._stillborn = not shortage
         self._fail_waiting(f"the forkserver could not begin:\n{trace}", shortage=shortage)
         self._on_silence(asked)
 

@@ -37,7 +37,10 @@ try:
     from celery.local import PromiseProxy, Proxy
     from celery.platforms import set_mp_process_title, signals
     from celery.signals import (
+        celeryd_after_setup,
+        celeryd_init,
         worker_before_create_process,
+        worker_init,
         worker_process_init,
         worker_process_shutdown,
     )
@@ -87,8 +90,10 @@ __all__ = [
     "send_before_create_process",
     "send_process_init",
     "send_process_shutdown",
+    "set_banner_name",
     "set_title",
     "shield_worker",
+    "start_handlers",
     "stop_worker",
     "task_name",
     "undecodable",
@@ -318,6 +323,43 @@ def set_title(hostname: str) -> None:
 def send_before_create_process(hostname: str) -> None:
     """Send ``worker_before_create_process`` in the process that is about to be forked."""
     worker_before_create_process.send(sender=hostname)
+
+
+def set_banner_name(pool_cls: type, name: str) -> None:
+    """Have the banner of a worker with this pool show ``name``.
+
+    Celery shows the last part of the name of the pool's module. That has to be ``prefork``, as
+    ``celery.contrib.testing`` looks at it.
+    """
+
+    def name_pool(instance: Any, **_: Any) -> None:
+        startup_info = instance.startup_info
+
+        def named(*args: Any, **kwargs: Any) -> str:
+            text: str = startup_info(*args, **kwargs)
+            return text.replace(" (prefork)", f" ({name})", 1)
+
+        if isinstance(instance.pool, pool_cls):
+            instance.startup_info = named
+
+    celeryd_after_setup.connect(name_pool, weak=False, dispatch_uid=name)
+
+
+def start_handlers(hostname: str) -> list[str]:
+    """Return the app's own handlers that ran when the worker started, as ``module:function (signal)``.
+
+    What they have made is in processes forked from the worker, and in no others.
+    """
+    receivers = [
+        (receiver, signal.name)
+        for signal, sender in ((celeryd_init, hostname), (celeryd_after_setup, hostname), (worker_init, None))
+        for receiver in signal._live_receivers(sender)
+    ]
+    return [
+        f"{receiver.__module__}:{getattr(receiver, '__qualname__', type(receiver).__qualname__)} ({signal})"
+        for receiver, signal in receivers
+        if receiver.__module__.partition(".")[0] not in {"celery", "memsafe_pool"}
+    ]
 
 
 def send_process_init(hostname: str) -> None:

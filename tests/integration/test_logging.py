@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
+import harness
 import pytest
 
 pytestmark = pytest.mark.also_start_method("fork")
@@ -76,3 +79,20 @@ def test_a_project_s_own_logging(start_worker, start_method, own):
     assert worker.stop() == 0
     assert len(line.findall(path.read_text())) == 1
     assert ("succeeded" in worker.log()) is not own
+
+
+def test_titles(start_worker, start_method):
+    """With setproctitle each process shows its own name and the worker's; the forkserver does, too."""
+
+    def prepare(worker):
+        folder = str(Path(harness.__file__).parent / "titles")
+        worker.env["PYTHONPATH"] = os.pathsep.join([folder, worker.env["PYTHONPATH"]])
+
+    worker = start_worker("witness", start_method=start_method, prepare=prepare)
+    child = worker.run("witness.say", "good morning")
+    titles = dict(line.split(" ", 1) for line in (worker.folder / "titles").read_text().splitlines())
+    assert titles[str(worker.pid)].startswith(f"[celeryd: {worker.hostname}:MainProcess] -active- (")
+    assert re.fullmatch(rf"\[celeryd: {worker.hostname}:{NAMES[start_method]}-\d+\]", titles[str(child)])
+    if start_method == "forkserver":
+        forkserver = worker.stats()["pool"]["memsafe"]["forkserver"]
+        assert titles[str(forkserver)] == f"[celeryd: {worker.hostname}:ForkServer]"

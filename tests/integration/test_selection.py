@@ -26,6 +26,7 @@ def test_each_way_selects_this_pool(start_worker, arguments, config, env):
     """Four ways lead to the same pool, and tasks run on it."""
     worker = start_worker("proj", *arguments, pool=None, config=config, env=env)
     assert worker.stats()["pool"]["implementation"] == "memsafe_pool.prefork:Pool"
+    assert ".> concurrency: 2 (memsafe_pool)" in worker.log()
     assert worker.run("proj.add", 1, 2) == 3
 
 
@@ -41,6 +42,7 @@ def test_pools_of_celery_can_still_be_selected(start_worker, name, implementatio
     """With this package installed the names that Celery knows mean what they meant."""
     worker = start_worker(pool=name)
     assert worker.stats()["pool"]["implementation"] == implementation
+    assert "(memsafe_pool)" not in worker.log()
     assert worker.run("proj.add", 1, 2) == 3
 
 

@@ -1,11 +1,16 @@
-"""An app with a thread in the worker alone, as a tracing agent has it."""
+"""An app with a thread in the worker alone, as a tracing agent has it; no handler makes anything there."""
 
 import threading
 
-from celery import signals
+from celery import bootsteps
 from witness import app, meet, place  # noqa: F401
 
 
-@signals.celeryd_init.connect
-def start_agent(**kwargs):
-    threading.Thread(target=threading.Event().wait, name="agent", daemon=True).start()
+class Agent(bootsteps.Step):
+    """Starts the thread before there is a pool."""
+
+    def __init__(self, parent, **options):
+        threading.Thread(target=threading.Event().wait, name="agent", daemon=True).start()
+
+
+app.steps["worker"].add(Agent)
