@@ -1,4 +1,4 @@
-"""Where the memory cgroups of a process are, and how files of ``/proc`` and ``/sys`` are read.
+"""Where the cgroups of a process are, and how files of ``/proc`` and ``/sys`` are read.
 
 Covers cgroup v1, v2 and the hybrid of both, with and without a cgroup namespace, and a root for both trees
 that is a parameter. What the numbers in the files mean together is in ``probe``. Imports the standard library
@@ -154,7 +154,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The memory cgroup of a process, and its ancestors.
+    """The cgroup of a process, and its ancestors.
 
     Attributes:
         version: 1 or 2.
@@ -168,22 +168,22 @@ class Place:
     own: str | None
 
 
-def find(files: Files, pid: int | str) -> Place | None:
-    """Find the memory cgroup of a process; None where there is none, or none can be seen (with a warning).
+def find(files: Files, pid: int | str, controller: str = "memory") -> Place | None:
+    """Find the cgroup of a process; None where there is none, or none can be seen (with a warning).
 
     The mounts are those of the calling process, who will open the files. With one file read after another, a
     process that moves meanwhile is found where it was or where it is.
     """
-    fallback = "memory cgroups are not looked at, only the machine's memory"
+    fallback = f"{controller} cgroups are not looked at, only the machine's {controller}"
     path = f"/proc/{pid}/cgroup"
     text = files.get(path, fallback)
     if text is None:
         return None
-    cgroups = _cgroups(text)
+    cgroups = _cgroups(text, controller)
     if cgroups is None:
         files.odd(path, text, "list of cgroups", fallback)
         return None
-    # A controller is in one hierarchy at a time: if version 1 has memory, version 2 has it not.
+    # A controller is in one hierarchy at a time: if version 1 has it, version 2 has it not.
     version = 1 if 1 in cgroups else 2
     if version not in cgroups:
         return None
@@ -191,16 +191,18 @@ def find(files: Files, pid: int | str) -> Place | None:
     mounts = files.get(mounts_path, fallback)
     if mounts is None:
         return None
-    place = _place(files, cgroups[version], version, mounts)
+    place = _place(files, cgroups[version], _mounts(mounts, version, controller), version)
     if place is None:
-        problem = f"has no mount of the version {version} memory cgroups that shows {cgroups[version]!r}"
+        problem = (
+            f"has no mount of the version {version} {controller} cgroups that shows {cgroups[version]!r}"
+        )
         files.warn(mounts_path, "no mount", problem, fallback)
         return None
     return _without_gone(files, place)
 
 
-def _cgroups(text: bytes) -> dict[int, str] | None:
-    """Return the path in the memory hierarchy of version 1 and in version 2, where there is one.
+def _cgroups(text: bytes, controller: str) -> dict[int, str] | None:
+    """Return the path in the hierarchy of version 1 and in version 2, where there is one.
 
     None where the text is something else.
     """
@@ -212,19 +214,19 @@ def _cgroups(text: bytes) -> dict[int, str] | None:
             continue
         if not colon or not hierarchy.isdigit() or not path.startswith(b"/"):
             return None
-        if b"memory" in controllers.split(b","):
+        if controller.encode() in controllers.split(b","):
             found[1] = os.fsdecode(path)
         elif hierarchy == b"0" and not controllers:
             found[2] = os.fsdecode(path)
     return found if text.strip() else None
 
 
-def _place(files: Files, path: str, version: int, mounts: bytes) -> Place | None:
+def _place(files: Files, path: str, mounts: list[tuple[list[str], str]], version: int) -> Place | None:
     """Return the mount through which most ancestors can be seen."""
     names = _names(path)
     hidden = None
     found: list[tuple[list[str], str]] = []
-    for root, point in _mounts(mounts, version):
+    for root, point in mounts:
         if names[: len(root)] == root and ".." not in names[len(root) :]:
             found.append((names[len(root) :], point))
         elif set(root) == {".."} and len(root) > names.count(".."):
@@ -255,8 +257,8 @@ def _names(path: str) -> list[str]:
     return [name for name in path.split("/") if name not in ("", ".")]
 
 
-def _mounts(text: bytes, version: int) -> list[tuple[list[str], str]]:
-    """Return what each mount of the memory cgroups shows: the root, as names, and the mount point."""
+def _mounts(text: bytes, version: int, controller: str) -> list[tuple[list[str], str]]:
+    """Return what each mount of these cgroups shows: the root, as names, and the mount point."""
     found = []
     # Not line by line: a machine with containers has thousands of mounts, and few of them are cgroups.
     at = -1
@@ -265,7 +267,7 @@ def _mounts(text: bytes, version: int) -> list[tuple[list[str], str]]:
         right = text[at + 3 : at + 4096].partition(b"\n")[0]
         words, (kind, *options) = left.split(b" "), right.split(b" ")
         if version == 1:
-            is_ours = kind == b"cgroup" and bool(options) and b"memory" in options[-1].split(b",")
+            is_ours = kind == b"cgroup" and bool(options) and controller.encode() in options[-1].split(b",")
         else:
             is_ours = kind == b"cgroup2"
         if is_ours and len(words) > 4:  # noqa: PLR2004 - number, parent, device, root, point, ...

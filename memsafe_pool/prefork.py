@@ -144,6 +144,7 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
                 tries=chosen.memory_tries,
                 state=chosen.state,
                 cores=cores.count(),
+                cores_at_once=cores.at_once(),
             ),
             rules=Rules(
                 max_tasks=options.get("maxtasksperchild"),

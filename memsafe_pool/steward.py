@@ -52,7 +52,7 @@ class MemoryTerms:
         pause: Whether children are paused when memory is short.
         tries: How often a task that was ended for want of memory is run again; the last time alone.
         state: File that keeps what tasks needed, or None.
-        cores: Number of cores.
+        cores: Number of cores that may be used over time; ``cores_at_once``: at the same moment.
     """
 
     budget: str | float = "auto"
@@ -60,6 +60,7 @@ class MemoryTerms:
     tries: int = 2
     state: str | None = None
     cores: int = 2
+    cores_at_once: int = 2
 
 
 class Steward:
@@ -97,7 +98,7 @@ class Steward:
         self.budget = budget.find(terms.budget, reading.lowest_limit_bytes)
         self.room = Room(self.budget.bytes)
         self.sizes.budget = self.budget.bytes
-        self._pauses = Pauses(terms.cores, enabled=terms.pause)
+        self._pauses = Pauses(terms.cores_at_once, enabled=terms.pause)
         self.watch = Watch(
             self.gauge,
             self.budget,
