@@ -158,6 +158,10 @@ def serve(
         blame: Says which imports have started threads.
     """
     sock.setblocking(True)  # whatever socket.setdefaulttimeout() says
+    # A handler of the app's is not for midwives: children have it again.
+    on_child_end = signal.getsignal(signal.SIGCHLD)
+    if on_child_end is not None:  # else it is not Python's
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         upstream.prepare_app(app, role.terms.hostname, fresh=fresh)
         if fresh:
@@ -179,7 +183,7 @@ def serve(
         _send(sock, REFUSED, _describe_threads(threads, blame))
         os._exit(1)
     _send(sock, READY, os.getpid())
-    _Server(app, role.terms, sock).run()
+    _Server(app, role.terms, sock, on_child_end).run()
 
 
 def preload(role: Role) -> None:
@@ -197,7 +201,6 @@ def settle(role: Role) -> None:
     """Become a process that only the worker can end."""
     for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with contextlib.suppress(OSError, ValueError):  # not in gVisor, or above the hard limit
         hard = resource.getrlimit(_MARKED_LIMIT)[1]
         resource.setrlimit(_MARKED_LIMIT, (_MARK + role.terms.worker_pid, hard))
@@ -223,8 +226,8 @@ def _send(sock: socket.socket, kind: str, *rest: Any) -> None:
 class _Server:
     """Forks a child for each request."""
 
-    def __init__(self, app: Any, terms: child.Terms, sock: socket.socket) -> None:
-        self.app = app
+    def __init__(self, app: Any, terms: child.Terms, sock: socket.socket, on_child_end: Any) -> None:
+        self.app, self.on_child_end = app, on_child_end
         self.terms = terms
         self.sock = sock
 
@@ -254,6 +257,8 @@ class _Server:
     def _be_child(self, request: _Request, midwife: int) -> NoReturn:
         try:
             self.sock.close()
+            if callable(self.on_child_end):
+                signal.signal(signal.SIGCHLD, self.on_child_end)
             sock = socket.socket(fileno=request.fds[0])
             try:
                 sock.set_inheritable(False)  # as any other descriptor: what tasks start must not have it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -110,6 +111,7 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
             logger.warning(
                 "Memory of children is looked after as far as that goes here: %s.", "; ".join(missing)
             )
+        _heed_children()
         descriptors = forkserver.open_descriptors()
         options = self.options
         app, hostname = options["initargs"]
@@ -240,6 +242,16 @@ class Pool(upstream.TaskPool):  # type: ignore[misc]
                 "peaks": pool.ledger.peaks.summaries(),
             },
         }
+
+
+def _heed_children() -> None:
+    """Have the kernel keep how children ended, if whoever has started the worker ignores that."""
+    if signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN:
+        return
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except ValueError:  # not the main thread
+        logger.warning("SIGCHLD is ignored in this process: how a child has ended is not known.")
 
 
 def _memory(pool: Engine) -> dict[str, Any]:

@@ -57,6 +57,12 @@ def work(path, value, seconds):
     return value
 
 
+@app.task
+def status_of(command):
+    """Exit status of a program."""
+    return subprocess.run(command, check=False).returncode
+
+
 # Ways to end
 
 
