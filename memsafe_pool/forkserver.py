@@ -87,6 +87,9 @@ _MARKED_LIMIT = 10
 #: inherit, by fork and exec, and keep when they have ended.
 _MARK = 1 << 30
 
+#: Where nothing lists open descriptors, so many numbers are tried: 1 ms.
+_MOST_TRIED = 4096
+
 #: Seconds that a thread which was joined may take to leave.
 _JOIN_SECONDS = 0.5
 
@@ -297,7 +300,8 @@ def _fork_orphan() -> tuple[int, int]:
         try:
             return native.fork_orphan()
         except OSError as exc:
-            if exc.errno != errno.ENOSYS:
+            # Whatever else it is: some sandboxes refuse vfork, each in its own words.
+            if exc.errno == errno.ECHILD or scarcity.is_errno(exc.errno):
                 raise
     return _fork_twice()
 
@@ -336,11 +340,15 @@ def _fork_twice() -> tuple[int, int]:
 
 def open_descriptors() -> Descriptors:
     """Return the descriptors of this process that are open now."""
+    try:
+        numbers = list(map(int, os.listdir("/dev/fd")))
+    except OSError:  # no /proc
+        numbers = list(range(min(os.sysconf("SC_OPEN_MAX"), _MOST_TRIED)))
     files = {}
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # the one that listed the others
-            status = os.fstat(int(name))
-            files[int(name)] = status.st_dev, status.st_ino
+    for number in numbers:
+        with contextlib.suppress(OSError):  # it is not open, or was the one that listed the others
+            status = os.fstat(number)
+            files[number] = status.st_dev, status.st_ino
     return files
 
 
@@ -384,9 +392,10 @@ def settled_thread_count() -> int:
 
 def thread_count() -> int:
     """Return how many threads the kernel sees in this process; Python's own where it can not say."""
-    if sys.platform != "linux":
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except FileNotFoundError:  # not Linux, or no /proc
         return threading.active_count()
-    return len(os.listdir("/proc/self/task"))
 
 
 def _describe_threads(count: int, blame: Callable[[], str] | None) -> str:

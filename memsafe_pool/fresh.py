@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import machinery
 from multiprocessing import spawn
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from celery.app.utils import find_app as find_app_by_argument
 from celery.utils.imports import import_from_cwd
@@ -135,7 +135,7 @@ def start(sock: socket.socket, order: Order, env: Mapping[str, str]) -> int:
     # The interpreter's own flags matter (-I, -W, -X): multiprocessing keeps them, and so do we.
     line = spawn.get_command_line()
     flags = line[: line.index("-c")]
-    with tempfile.TemporaryFile() as file:
+    with _nameless_file() as file:
         # A file, because a pipe would block the worker when the order is large.
         pickle.dump(order, file)
         file.seek(0)
@@ -150,6 +150,18 @@ def start(sock: socket.socket, order: Order, env: Mapping[str, str]) -> int:
     # The engine reaps it; without this, Popen would want to as well, and warn.
     process.returncode = 0
     return process.pid
+
+
+def _nameless_file() -> IO[bytes]:
+    """Return a file in memory, or else on disk: there need not be a folder that can be written to.
+
+    Raises:
+        OSError: Neither is possible.
+    """
+    try:
+        return os.fdopen(os.memfd_create("memsafe-order"), "w+b")
+    except (AttributeError, OSError):  # not on this platform, or forbidden
+        return tempfile.TemporaryFile()
 
 
 def main(sock_fd: int, order_fd: int) -> NoReturn:

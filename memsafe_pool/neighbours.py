@@ -331,7 +331,12 @@ class Neighbours:
 
 
 def _folder() -> str:
-    return _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()
+    if not os.access(_SHARED_MEMORY, os.W_OK):
+        try:
+            return tempfile.gettempdir()
+        except OSError:
+            pass  # there is none that can be written to, which is said when the file is to be opened
+    return _SHARED_MEMORY
 
 
 def _open(path: str) -> int:

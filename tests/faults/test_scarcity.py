@@ -39,10 +39,14 @@ for right in 1, 2:
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
-#: A module that the interpreter imports by itself: no file without a name can be made when the disk is full.
+#: A module that the interpreter imports by itself: no file without a name can be made when the disk is full,
+#: and none in memory.
 FULL_DISK = """
 import errno, os, tempfile
 from pathlib import Path
+
+if hasattr(os, "memfd_create"):
+    del os.memfd_create
 
 original = tempfile.TemporaryFile
 
