@@ -159,7 +159,8 @@ def allocator() -> str:
     """Whose malloc this process uses.
 
     "glibc", "musl", "jemalloc", "mimalloc", "tcmalloc", "macos" or "unknown". A library that is loaded
-    but does not serve malloc does not count. 0.2 us, the first call 65 us.
+    but does not serve malloc does not count. Without the extension all but glibc's are "unknown". 0.2 us, the
+    first call 65 us.
     """
     return ALLOCATORS[_library.ms_allocator()]
 
@@ -177,7 +178,8 @@ def release_heap() -> int:
     nothing to win, approximate when other threads allocate meanwhile. It takes about 0.1 ms per MB
     given back. Objects that are garbage but not collected yet stay: ``gc.collect()`` first.
 
-    Raises OSError with ENOSYS when the allocator has no such call (musl) or is not known.
+    Raises OSError with ENOSYS when the allocator has no such call (musl) or is not known; without the
+    extension it is only known with glibc.
     """
     return _checked(_library.ms_release_heap_bytes)
 

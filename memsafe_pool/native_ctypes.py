@@ -1,7 +1,8 @@
-"""The C helper without the extension: the same functions through ctypes and ``/proc``.
+"""The C helper without the extension: its functions through ctypes and ``/proc``.
 
 For ``native``, which has the documented functions, and says what each costs. ``csrc`` is the other way to
-have them, and has the reasons in its comments. Imports neither Celery nor billiard, and ctypes only at the
+have them, and has the reasons in its comments. Of allocators this knows glibc's alone: with another one free
+heap is not given back, and the worker says so. Imports neither Celery nor billiard, and ctypes only at the
 first call that needs it.
 """
 
@@ -41,16 +42,20 @@ class CtypesLibrary:
 
     def ms_allocator(self) -> int:
         if self._allocator is None:
-            self._allocator = ALLOCATORS.index(self._find_allocator())
+            provider = self._provider("malloc_usable_size")
+            is_glibc = provider is not None and provider == self._provider("gnu_get_libc_version")
+            self._allocator = ALLOCATORS.index("glibc" if is_glibc else "unknown")
         return self._allocator
 
     def ms_release_heap_bytes(self) -> int:
-        if (release := getattr(self, f"_release_{ALLOCATORS[self.ms_allocator()]}", None)) is None:
+        import ctypes
+
+        if ALLOCATORS[self.ms_allocator()] != "glibc":
             return -errno.ENOSYS
+        trim = self._function("malloc_trim")
+        trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
         before_bytes = self._anonymous_memory()
-        released = int(release())
-        if sys.platform == "darwin" or released < 0:
-            return released
+        trim(0)
         after_bytes = self._anonymous_memory()
         return 0 if before_bytes < 0 or after_bytes < 0 else max(0, before_bytes - after_bytes)
 
@@ -169,62 +174,6 @@ class CtypesLibrary:
             return None
         base: int | None = found.dli_fbase
         return base
-
-    def _find_allocator(self) -> str:
-        if sys.platform == "darwin":
-            return "macos"
-        if (provider := self._provider("malloc_usable_size")) is None:
-            return "unknown"
-        for allocator, function in (
-            ("glibc", "gnu_get_libc_version"),
-            ("jemalloc", "mallctl"),
-            ("mimalloc", "mi_collect"),
-            ("tcmalloc", "MallocExtension_ReleaseFreeMemory"),
-            ("musl", "__libc_start_main"),
-        ):
-            if self._provider(function) == provider:
-                return allocator
-        return "unknown"
-
-    def _release_glibc(self) -> int:
-        import ctypes
-
-        trim = self._function("malloc_trim")
-        trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
-        trim(0)
-        return 0
-
-    def _release_jemalloc(self) -> int:
-        import ctypes
-
-        mallctl = self._function("mallctl")
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        mallctl.argtypes, mallctl.restype = [ctypes.c_char_p, pointer, pointer, pointer, size], ctypes.c_int
-        mallctl(b"thread.tcache.flush", None, None, None, 0)
-        return -int(mallctl(b"arena.4096.purge", None, None, None, 0))
-
-    def _release_mimalloc(self) -> int:
-        import ctypes
-
-        collect = self._function("mi_collect")
-        collect.argtypes, collect.restype = [ctypes.c_bool], None
-        collect(True)
-        return 0
-
-    def _release_tcmalloc(self) -> int:
-        for name in ("MallocExtension_MarkThreadTemporarilyIdle", "MallocExtension_ReleaseFreeMemory"):
-            if (function := self._function(name)) is not None:
-                function.argtypes, function.restype = [], None
-                function()
-        return 0
-
-    def _release_macos(self) -> int:
-        import ctypes
-
-        if (relieve := self._function("malloc_zone_pressure_relief")) is None:
-            return -errno.ENOSYS
-        relieve.argtypes, relieve.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_size_t
-        return int(relieve(None, 0))
 
     def _prctl(self, option: int, argument: int) -> int:
         import ctypes

@@ -40,6 +40,7 @@ def preload(request):
     return request.param.split()[0], _library(request.param)
 
 
+@pytest.mark.parametrize("run", ["extension"], indirect=True)
 def test_it_is_recognized(run, preload):
     """The name is that of the library that replaces malloc; what it cannot do is said."""
     name, path = preload
@@ -86,6 +87,7 @@ print(free)
 """
 
 
+@pytest.mark.parametrize("run", ["extension"], indirect=True)
 @pytest.mark.parametrize("malloc", ["default", "malloc"])
 def test_free_memory_is_really_released(run, preload, malloc):
     """What freed blocks left behind goes back to the kernel; the number is what the process lost."""
@@ -95,6 +97,25 @@ def test_free_memory_is_really_released(run, preload, malloc):
     assert abs(released - measured) < 4 * MB
     if free >= 0:
         assert abs(free - measured) < 0.1 * measured
+
+
+@pytest.mark.parametrize("run", ["ctypes"], indirect=True)
+def test_through_ctypes_it_is_left_alone(run, preload):
+    """Only glibc's is asked to give back then; that is said."""
+    lines = run(
+        """
+        import errno
+
+        print(native.allocator())
+        print("free heap cannot be given back (unknown allocator)" in native.missing())
+        try:
+            native.release_heap()
+        except OSError as error:
+            print(error.errno == errno.ENOSYS)
+        """,
+        LD_PRELOAD=preload[1],
+    )
+    assert lines == ["unknown", "True", "True"]
 
 
 @pytest.mark.parametrize("mode", ["RTLD_LOCAL", "RTLD_GLOBAL"])
