@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,33 @@ def _hold(task: Any, size: int, seconds: float) -> None:
     array = _touched(size)
     time.sleep(seconds)
     _stamp(event="done", id=task.request.id, at=time.monotonic(), bytes=array.nbytes, worker=os.getppid())
+
+
+@app.task(name="fill", bind=True)
+def fill(self: Any, kind: str, path: str, amount: int) -> None:
+    """Fill the container's cache: with a file, a mapped one, or `amount` names that are not there.
+
+    Or, if asked to write, with a file of `amount` bytes, again and again, until there is a file `path`.end.
+    """
+    _stamp(event="begun", id=self.request.id, at=time.monotonic(), worker=os.getppid())
+    if kind == "read":
+        for _ in range(3):
+            with Path(path).open("rb", buffering=0) as file:
+                while file.read(1 << 20):
+                    pass
+    elif kind == "map":
+        model = np.memmap(path, np.uint8, "r")
+        _kept.append(model)
+        for _ in range(2):
+            int(model[::4096].sum())
+    elif kind == "miss":
+        for number in range(amount):
+            Path(f"{path}-{number:0>200}").exists()
+    while kind == "write" and not Path(f"{path}.end").exists():
+        with Path(path).open("wb", buffering=0) as file:
+            for _ in range(amount >> 20):
+                file.write(bytes(1 << 20))
+    _stamp(event="done", id=self.request.id, at=time.monotonic(), worker=os.getppid())
 
 
 @app.task(name="hold", bind=True)

@@ -48,11 +48,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done in a container of that size, in at most `timeout` seconds."""
+    """What is to be done in a container of that size, in at most `timeout` seconds.
+
+    `before`: is called with the scene when all workers are ready, and does what is not measured.
+    """
 
     limit_bytes: int
     batches: Sequence[Batch]
     timeout: float = 120
+    before: Callable[[Scene], contextlib.AbstractContextManager[None]] | None = None
 
     @property
     def count(self) -> int:
@@ -285,8 +289,10 @@ def run(url: str, pool: str, concurrency: int, work: Work) -> Outcome:
             scene.show_log()
             oom_kills = scene.cgroups[0].oom_kills()
             return Outcome(work.count, lost=work.count, oom_kills=oom_kills, alive=False)
-        scene.send(work.batches)
-        return scene.settle(work.timeout)
+        with work.before(scene) if work.before else contextlib.nullcontext():
+            scene.ids.clear()
+            scene.send(work.batches)
+            return scene.settle(work.timeout)
 
 
 def safe_concurrencies(url: str, work: Work) -> list[int]:
@@ -303,9 +309,17 @@ def safe_concurrencies(url: str, work: Work) -> list[int]:
 
 
 def against_prefork(
-    url: str, options: row.Options, measure: str, work: Work, bounds: Bounds
+    url: str,
+    options: row.Options,
+    measure: str,
+    work: Work,
+    bounds: Bounds,
+    *,
+    times: list[float] | None = None,
 ) -> Iterator[row.Row]:
     """Hold our pool at -c 20 against prefork at its best safe concurrency, in turn.
+
+    The seconds that our pool took are added to `times`.
 
     A concurrency at which prefork turns out not to be safe each time is given up for the next fastest.
     """
@@ -320,6 +334,8 @@ def against_prefork(
             met = ours.clean if bounds.clean else ours.safe
             yield row.Row(measure, "", str(ours), must="all done", met=met)
             accepted &= met
+            if times is not None and ours.seconds is not None:
+                times.append(ours.seconds)
             pairs.append((stock.seconds, ours.seconds or float("inf")))
         else:
             found = row.paired(

@@ -46,7 +46,7 @@ for line in sys.stdin:
             sum(held[-1][::4096])
     elif what == "miss":
         for number in range(int(value)):
-            os.path.exists(f"/sys/kernel/{number:0>200}")
+            os.path.exists(f"/sys/kernel/{os.getpid()}-{number:0>200}")
     elif what == "write":
         with open(value, "wb", buffering=0) as file:
             for _ in range(20):
