@@ -148,7 +148,7 @@ class Engine:
         self.supervisor = Supervisor(
             self.fleet, self.waiting, self.room, bound=bound, cores=memory.cores, rules=rules, **others
         )
-        self.prefetch = Prefetch(self.waiting, self._drop)
+        self.prefetch = Prefetch(self.waiting, self._drop, lambda: self.room.budget)
         self._events: deque[events.Event] = deque()
         self._actions: deque[events.Action] = deque()
         self._deciding = False
@@ -324,6 +324,7 @@ class Engine:
         child.job, job.child = job, child
         self.tasks += 1
         self.watch.begin(child, job)
+        self.prefetch.refresh()
         if not child.link.send(data):
             child.job = job.child = None
             self._released(child, job)
@@ -824,6 +825,7 @@ class Engine:
         if self.steward.tick(self.ledger, self.forkserver):
             self._share_budget()
         self._decide(events.Tick())
+        self.prefetch.tick()
         self._check_closed()
         self._mailbox.failed = False  # all goes on as it should
 

@@ -1,4 +1,4 @@
-"""Holds no tasks that can not run here: the consumer's prefetch follows admission.
+"""Holds no more tasks than there is memory for: the prefetch follows admission and sizes of messages.
 
 A worker that has no memory for its next task would still fetch as many as Celery lets it,
 and keep them from other workers of the same queue. So while the first waiting task is not
@@ -21,8 +21,13 @@ With early acknowledgement, running tasks do not count at the broker, so the low
 is one; with late, it is one more than run. A single worker stays at work: it always has the
 oldest task, and takes the next when that one was admitted.
 
-What it does not do: tasks with an ETA in the future, and tasks that wait for a rate limit,
-stay where they are. It needs Redis or RabbitMQ, without quorum queues: see :func:`obstacle`.
+What waits takes memory too: the message, and its decoded arguments. So few messages may come
+before it is known how large they are, twice as many each time that so many have come, and never
+so many that those that wait would take more than a share of the budget. See :class:`Window`.
+
+What it does not do: tasks with an ETA in the future, and tasks that wait for a rate limit, stay
+where they are, however large they are. It needs Redis or RabbitMQ, without quorum queues: see
+:func:`obstacle`.
 
 All of this runs in the thread of Celery's event loop.
 """
@@ -35,12 +40,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 from celery import bootsteps
+from celery.signals import task_received
 from celery.utils.log import get_logger
 from kombu.common import QoS
 
 from memsafe_pool import upstream
+from memsafe_pool.settings import mib
 
-__all__ = ["Hold", "Job", "Prefetch", "install", "obstacle"]
+__all__ = ["Hold", "Job", "Prefetch", "Window", "install", "obstacle"]
 
 logger = get_logger(__name__)
 
@@ -53,6 +60,19 @@ RELEASE_SECONDS = 1.0
 
 #: Tasks that go back at once, at most; the next ones at the next look. On Redis 100 take some 0.1 s.
 GIVE_BACK_TASKS = 100
+
+#: Bytes that a message takes in the worker for each byte of its body: the body, and what it is decoded
+#: to. Measured for JSON: 1.7 with text, 3.0 with floats, 5.7 with integers, 7.6 with dicts.
+DECODED = 3
+
+#: Of the budget, what messages that wait may take.
+WAITING_SHARE = 1 / 8
+
+#: One message may come for each so many bytes of the budget when nothing is known of their sizes.
+UNKNOWN_BYTES = 128 << 20
+
+#: What is left of the largest size with each message that is smaller: half of it after 44.
+FADING = 63 / 64
 
 
 class Job(Protocol):
@@ -135,6 +155,75 @@ class Hold:
         return now - self._blocked_since >= GIVE_BACK_SECONDS
 
 
+class Window:
+    """Tells how many messages may wait here, by what they take.
+
+    A broker such as RabbitMQ sends as many as it was told to at once, and nobody knows how large the next
+    one is. So it begins with few, and doubles when so many have come, as TCP does. That costs a round trip
+    to the broker for each time; where the budget is ample for all that Celery would fetch, nothing. When
+    next to nothing has come for a second it begins anew: many large ones may come at once then.
+
+    Arguments:
+        budget: Returns what the pool may use (bytes).
+
+    Attributes:
+        count: How many messages may wait; infinite where that is as many as Celery likes.
+        message_bytes: What a message takes, by the largest of the last ones.
+    """
+
+    def __init__(self, budget: Callable[[], float]) -> None:
+        self.message_bytes = 0.0
+        self._budget = budget
+        self._arrived = self._lately = 0
+        self._opened = 1.0
+        self.count = 1.0
+        self.close()
+
+    def close(self) -> None:
+        """Begin anew, as nothing is known of what comes next."""
+        self._arrived = self._lately = 0
+        self._opened = self._first
+        self._reckon()
+
+    @property
+    def _first(self) -> float:
+        return max(self._budget() // UNKNOWN_BYTES, 1)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether more could come but for their sizes."""
+        return self.count < self._opened
+
+    def arrive(self, body_bytes: int) -> None:
+        """Take note of a message that has come."""
+        taken = body_bytes * DECODED
+        known = self.message_bytes
+        self.message_bytes = taken if taken > known else known * FADING
+        self._arrived += 1
+        self._lately += 1
+        if self._arrived >= self._opened:
+            self._arrived = 0
+            self._opened *= 2
+            self._reckon()
+        elif self.count < self._opened or taken > known:
+            self._reckon()
+
+    def tick(self, *, idle: bool) -> None:
+        """Take note once a second whether nothing at all is here."""
+        lately, self._lately = self._lately, 0
+        if idle and lately < self._opened / 4:
+            self._arrived = 0
+            self._opened = max(self._first, 2 * lately)
+            self._reckon()
+
+    def _reckon(self) -> None:
+        self.count = self._opened
+        fitting = self._budget() * WAITING_SHARE
+        if self.message_bytes * self._opened > fitting:
+            # In powers of two: each other number is one more message to the broker.
+            self.count = 2.0 ** max(math.floor(math.log2(fitting / self.message_bytes)), 0)
+
+
 class Prefetch:
     """What the broker is told to send ahead, and what it gets back.
 
@@ -149,16 +238,24 @@ class Prefetch:
         given_back: Number of tasks that went back so far.
     """
 
-    def __init__(self, waiting: Iterable[AnyJob], drop: Callable[[AnyJob], None]) -> None:
+    def __init__(
+        self,
+        waiting: Iterable[AnyJob],
+        drop: Callable[[AnyJob], None],
+        budget: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self.obstacle = ""
         self.given_back = 0
         self._waiting: Iterable[Job] = waiting
         self._drop: Callable[[Any], None] = drop
         self._hold = Hold()
+        self._window = Window(budget)
+        self._said_large = False
         self._consumer: Any = None
         self._tell: Callable[..., Any] = lambda **_: None
-        self._told = math.inf
+        self._told = self._own = math.inf
         self._outdated = False
+        task_received.connect(self._on_received)
 
     @property
     def count(self) -> int:
@@ -176,11 +273,11 @@ class Prefetch:
             return
         celerys = consumer.qos
         self._tell = celerys.callback
-        self._told = celerys.value or math.inf
+        self._told = self._own = celerys.value or math.inf
         self._consumer = consumer
         consumer.qos = _FollowingQoS(celerys, self._send, self._is_due)
-        if self._hold.bounded:
-            self._send(celerys.value)
+        self._window.close()
+        self._send(celerys.value)
 
     def detach(self) -> None:
         """Leave the consumer alone until :meth:`attach`."""
@@ -199,20 +296,47 @@ class Prefetch:
         consumer = self._consumer
         if consumer is None:
             return
-        self._outdated = self._bound(consumer.qos.value) != self._told
+        self._compare()
         # What went back before the broker knows the new prefetch would come again at once.
         if give_back and not self._outdated:
             self._give_back(consumer)
 
+    def refresh(self) -> None:
+        """Take note that a child has been given a task: if it is acknowledged late, one more may come."""
+        if self._told < self._own:
+            self._compare()
+
+    def tick(self) -> None:
+        """Take note once a second of how much comes."""
+        consumer = self._consumer
+        if consumer is not None:
+            self._window.tick(idle=not upstream.holds_requests(consumer))
+            self._compare()
+
+    def _on_received(self, sender: Any = None, request: Any = None, **_: Any) -> None:
+        """Take note of a message, in the middle of what Celery does with it."""
+        if sender is not self._consumer:
+            return
+        window = self._window
+        window.arrive(upstream.message_size(request))
+        if self._told < self._own or window.count < self._own:
+            self._compare()
+
     # -- what the broker is told
+
+    def _compare(self) -> None:
+        """Have the broker told in the next round of Celery's loop if it is to be told something else."""
+        if self._consumer is not None:
+            self._outdated = self._bound(self._consumer.qos.value) != self._told
 
     def _bound(self, count: int) -> float:
         """Return what to tell the broker where Celery says ``count``."""
-        celerys = count or math.inf
-        if not self._hold.bounded:
+        celerys = self._own = count or math.inf
+        allowed = 1 if self._hold.bounded else self._window.count
+        if allowed >= celerys:
             return celerys
         waiting = {id(request) for _, request in self._waiting_requests()}
-        return min(celerys, upstream.count_kept(self._consumer, waiting) + 1)
+        return min(celerys, upstream.count_kept(self._consumer, waiting) + allowed)
 
     def _send(self, prefetch_count: int) -> None:
         """Tell the broker; called by Celery's loop, in between its rounds."""
@@ -225,7 +349,19 @@ class Prefetch:
         if bound != self._told:
             self._tell(prefetch_count=0 if bound == math.inf else int(bound))
             self._told = bound
+            self._say_large(prefetch_count)
         self._outdated = False
+
+    def _say_large(self, prefetch_count: int) -> None:
+        window = self._window
+        if window.is_narrow and not self._said_large and window.count < self._own:
+            self._said_large = True
+            logger.info(
+                "Messages are large, up to %s each in the worker: the broker is to send %d ahead, not %d.",
+                mib(window.message_bytes),
+                window.count,
+                prefetch_count,
+            )
 
     def _is_due(self) -> bool:
         return self._outdated and not upstream.is_fetching(self._consumer)

@@ -75,6 +75,7 @@ __all__ = [
     "failed",
     "give_back",
     "headers_of",
+    "holds_requests",
     "human_status",
     "install_django_fixup",
     "is_cold_shutdown",
@@ -82,6 +83,7 @@ __all__ = [
     "is_fetching",
     "is_revoked",
     "leave_to_broker",
+    "message_size",
     "no_requeue",
     "prepare_app",
     "prepare_process",
@@ -480,6 +482,20 @@ def _count_scheduled(consumer: Any) -> int:
         and not entry.canceled
         and entry.args[0].message.channel is channel
     )
+
+
+def holds_requests(consumer: Any) -> bool:
+    """Whether the worker has any task: one that runs, waits, has an ETA or waits for a rate limit."""
+    return (
+        bool(worker_state.reserved_requests)
+        or bool(_count_scheduled(consumer))
+        or any(bucket.contents for bucket in consumer.task_buckets.values() if bucket)
+    )
+
+
+def message_size(request: Any) -> int:
+    """Return the size of a request's message as it came: bytes, or characters."""
+    return len(request.message.body or ())
 
 
 def is_fetching(consumer: Any) -> bool:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from celery import Celery
+from celery.signals import task_received
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 from hypothesis import given, settings
@@ -27,7 +28,16 @@ from kombu.transport import virtual
 
 from memsafe_pool import prefetch, upstream
 from memsafe_pool.job import Job
-from memsafe_pool.prefetch import GIVE_BACK_SECONDS, RELEASE_SECONDS, Hold, Prefetch, _FollowingQoS
+from memsafe_pool.prefetch import (
+    DECODED,
+    GIVE_BACK_SECONDS,
+    RELEASE_SECONDS,
+    WAITING_SHARE,
+    Hold,
+    Prefetch,
+    Window,
+    _FollowingQoS,
+)
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "240"))
 
@@ -73,6 +83,62 @@ def test_any_course(steps):
         assert blocked or not back
         assert hold.bounded or not blocked
         assert hold.bounded == (blocked_last is not None and now - blocked_last < RELEASE_SECONDS)
+
+
+# Sizes
+
+MIB = 1 << 20
+
+
+def window(mib):
+    return Window(lambda: mib * MIB)
+
+
+def test_few_may_come_before_it_is_known_how_large_they_are():
+    """One for each 128 MiB; twice as many each time that so many have come and were small."""
+    found = window(700)
+    assert found.count == 5
+    for _ in range(5):
+        found.arrive(200)
+    assert found.count == 10
+    for _ in range(10):
+        found.arrive(200)
+    assert found.count == 20
+    assert window(100).count == 1
+    assert window(64 << 10).count == 512
+
+
+def test_large_ones_are_few():
+    """Those that wait take no more than their share, by the largest of the last; it is one at least."""
+    found = window(700)
+    found.arrive(8 * MIB)
+    assert found.count == 2
+    assert found.count * 8 * DECODED <= 700 * WAITING_SHARE
+    found.arrive(80 * MIB)
+    assert found.count == 1
+    for _ in range(2000):
+        found.arrive(200)
+    assert found.count >= 1000
+
+
+def test_it_begins_anew_when_next_to_nothing_comes():
+    """Many large ones may come at once then. What comes steadily keeps it open, also if all is soon done."""
+    found = window(700)
+    for _ in range(1000):
+        found.arrive(200)
+    opened = found.count
+    assert opened >= 320
+    found.tick(idle=False)
+    found.tick(idle=False)
+    assert found.count == opened
+    for _ in range(5):
+        for _ in range(opened // 4):
+            found.arrive(200)
+        found.tick(idle=True)
+    assert found.count >= opened
+    found.arrive(200)
+    found.tick(idle=True)
+    assert found.count == 5
 
 
 # Celery's loop
@@ -148,9 +214,9 @@ RETRY_SECONDS, TICK_SECONDS = 0.1, 1.0
 class Task:
     """One task: how often it has begun, and how often it may."""
 
-    def __init__(self, *, late, waits):
+    def __init__(self, *, late, waits, size=10):
         self.id = str(next(numbers))
-        self.late, self.waits = late, waits
+        self.late, self.waits, self.size = late, waits, size
         self.begun, self.may_begin = 0, 1
         self.revoked = self.done = False
 
@@ -162,9 +228,9 @@ class Message:
     """One delivery of a task, as far as ``Request`` and ``upstream`` read it."""
 
     content_type = content_encoding = properties = delivery_info = None
-    body = ((), {}, {})
 
     def __init__(self, task, channel):
+        self.body = range(task.size)  # only its length is read
         self.task, self.channel, self.delivery_tag = task, channel, next(numbers)
         self.headers = {"id": task.id, "task": "late" if task.late else "early"}
         self.received = self.begun = self.given = False
@@ -278,8 +344,9 @@ class Worker:
 
     hub = object()
     app = app
+    task_buckets = {}  # noqa: RUF012 - nobody writes into it
 
-    def __init__(self, make_channel, concurrency, multiplier, *, semaphore):
+    def __init__(self, make_channel, concurrency, multiplier, *, semaphore, budget=math.inf):
         self.make_channel, self.concurrency, self.multiplier = make_channel, concurrency, multiplier
         self.children = concurrency
         self.now = 1000.0
@@ -291,7 +358,7 @@ class Worker:
         self.gave = []
         self.quiet_since = math.inf
         self.controller = SimpleNamespace(semaphore=LaxBoundedSemaphore(concurrency) if semaphore else None)
-        self.prefetch = Prefetch(self.waiting, self.drop)
+        self.prefetch = Prefetch(self.waiting, self.drop, lambda: budget)
         self.connect(concurrency * multiplier)
 
     # -- the consumer
@@ -345,9 +412,10 @@ class Worker:
             on_reject=lambda *_: channel.reject(message),
             app=app,
             hostname="worker",
-            body=message.body,
+            body=((), {}, {}),
             decoded=True,
         )
+        task_received.send(sender=self, request=request)
         if not task.waits:
             self.reserve(request)
             return
@@ -430,13 +498,14 @@ class Worker:
 
     def give(self, job):
         self.waiting.remove(job)
-        if job.request is not None and upstream.is_revoked(job.request.id):
+        if job.request is not None and upstream.is_revoked(job.request):
             self.release()
             self.settle(job.request)
             return
         self.given.append(job)
         if job.request is not None:
             job.request.message.given = True
+        self.prefetch.refresh()
 
     def accept(self, job):
         """A child says that it begins."""
@@ -516,7 +585,7 @@ class Worker:
             return
         assert told <= own
         late = self.now - self.blocked_last >= RELEASE_SECONDS + 2 * TICK_SECONDS
-        if late or not self.held:
+        if (late or not self.held) and self.prefetch._window.count >= own:
             assert told == own, "Celery's own number does not hold again"
         kept, sent = self.find_kept(), self.channel.unacknowledged
         if self.blocked:
@@ -585,9 +654,10 @@ class Model(RuleBasedStateMachine):
         multiplier=st.sampled_from([4, 1, 2, 0]),
         semaphore=st.booleans(),
         at_once=st.sampled_from([100, 3]),
+        budget=st.sampled_from([math.inf, 300 * MIB]),
     )
-    def begin(self, channel, concurrency, multiplier, *, semaphore, at_once):
-        worker = self.worker = Worker(channel, concurrency, multiplier, semaphore=semaphore)
+    def begin(self, channel, concurrency, multiplier, *, semaphore, at_once, budget):
+        worker = self.worker = Worker(channel, concurrency, multiplier, semaphore=semaphore, budget=budget)
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(prefetch, "time", SimpleNamespace(monotonic=lambda: worker.now))
         self.patch.setattr(prefetch, "GIVE_BACK_TASKS", at_once)
@@ -595,10 +665,15 @@ class Model(RuleBasedStateMachine):
 
     # -- what can happen
 
-    @rule(late=st.booleans(), waits=st.sampled_from([False] * 4 + [True]), number=st.integers(1, 8))
-    def tasks_are_sent(self, late, waits, number):
+    @rule(
+        late=st.booleans(),
+        waits=st.sampled_from([False] * 4 + [True]),
+        number=st.integers(1, 8),
+        size=st.sampled_from([10, 8 * MIB]),
+    )
+    def tasks_are_sent(self, late, waits, number, size):
         for _ in range(number):
-            task = Task(late=late, waits=waits)
+            task = Task(late=late, waits=waits, size=size)
             self.worker.tasks.append(task)
             self.worker.queue.append(task)
         self.worker.turn()
@@ -727,6 +802,8 @@ class Model(RuleBasedStateMachine):
             ticks = worker.now % TICK_SECONDS < RETRY_SECONDS
             if worker.blocked or ticks:
                 worker.follow()
+            if ticks:
+                worker.prefetch.tick()
             worker.turn(answered=ticks)
             worker.turn(answered=False)
             assert not (worker.settled and worker.can_go()), "tasks are kept from others"
@@ -752,7 +829,9 @@ class Model(RuleBasedStateMachine):
             assert not worker.queue
             assert not worker.channel.unacknowledged
             self.pass_time(RELEASE_SECONDS + 3 * TICK_SECONDS)
-            assert worker.channel.told == worker.qos.value
+            assert worker.channel.told == min(worker.qos.value, worker.prefetch._window.count) or not (
+                worker.qos.value
+            )
             assert worker.prefetch.given_back == len(worker.gave)
         finally:
             self.patch.undo()
