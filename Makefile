@@ -7,6 +7,13 @@ VENV ?= .venv
 TEST_PROCESSES ?= 6
 # Seconds after which no further test is started.
 TEST_SECONDS ?= 3000
+# For make test-v2: which tests, seconds for all of them, by how much everything is slower there, test processes.
+V2_TESTS ?= -m cgroup tests/contract tests/faults tests/integration
+V2_SECONDS ?= 7200
+V2_SLOWNESS ?= 10
+V2_PROCESSES ?= 2
+# More options for tests/version2/run.py.
+V2_ARGS ?=
 # More options for pytest, such as PYTEST_ARGS="-k spawn -x".
 PYTEST_ARGS ?=
 # Examples that `make check-model` tries; `make pytest` tries a few.
@@ -28,12 +35,13 @@ COMMA := ,
 # What a caller's shell has set must not leak into the virtual environment.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test pytest check-model check-ctypes lint format bench clean
+.PHONY: help demo test test-v2 pytest check-model check-ctypes lint format bench clean
 
 help:
 	@echo "make demo    run a real worker on this pool, with nothing else to install"
 	@echo "make test    make lint and all tests; PYTEST_ARGS=... for pytest, TEST_PROCESSES=$(TEST_PROCESSES), PYTHON=$(PYTHON)"
 	@echo "make pytest  the tests alone"
+	@echo "make test-v2 those of cgroups on a real version 2, in an emulated machine: V2_TESTS=..., V2_SECONDS=$(V2_SECONDS)"
 	@echo "make check-model  search longer for what the rules do not think of: MODEL_EXAMPLES=$(MODEL_EXAMPLES)"
 	@echo "make check-ctypes  some of the tests, without the C helper"
 	@echo "make lint    ruff and mypy"
@@ -53,6 +61,11 @@ test: $(VENV)/.installed-test
 
 pytest: $(VENV)/.installed-test
 	$(PYTEST) $(PYTEST_ARGS)
+
+# Also on machines that have version 1, and for those who are not root: see tests/version2/run.py.
+test-v2: $(VENV)/.installed-test
+	$(BIN)/python tests/version2/run.py --packages build/version2 --seconds $(V2_SECONDS) \
+	    --slowness $(V2_SLOWNESS) --processes $(V2_PROCESSES) $(V2_ARGS) -- $(V2_TESTS) $(PYTEST_ARGS)
 
 # Half of them on machines where nobody lies: there memory must not even pass the budget.
 check-model: $(VENV)/.installed-test

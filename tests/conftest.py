@@ -46,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "stock_differs(reason, run=True, before=None): Celery's own pool is known to behave otherwise; "
         "run=False where it would hang or take the test run with it; before: only in older Celery",
     )
+    config.addinivalue_line(
+        "markers", "cgroup: is about memory cgroups; also each test with a fixture of these (`make test-v2`)"
+    )
     config.addinivalue_line("markers", "ours_only(reason): says something that only this project's pool has")
     config.addinivalue_line(
         "markers", "also_start_method(name, ...): more values for the parameter start_method"
@@ -80,6 +83,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "container" in getattr(item, "fixturenames", ()):
+            item.add_marker("cgroup")
         _account_for_celery_version(item)
         if not OURS:
             _account_for_stock(item)

@@ -16,7 +16,7 @@ from harness.waiting import until
 
 from memsafe_pool import MemoryLimitExceeded
 
-pytestmark = pytest.mark.ours_only("other pools pause nobody")
+pytestmark = [pytest.mark.ours_only("other pools pause nobody"), pytest.mark.cgroup]
 
 LIMIT_MIB = 240
 

@@ -24,7 +24,7 @@ from typing import Any
 import kombu
 import pytest
 
-from .waiting import DeadlineMissed, until
+from .waiting import DEADLINE, DeadlineMissed, until
 
 KINDS = ("redis", "rabbitmq", "filesystem", "sqlite")
 
@@ -282,7 +282,7 @@ def _redis_url(servers: Servers) -> str:
     port, folder = _free_port(), servers.folder("redis-server")
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
     process = servers.run(command, {}, folder)
-    return _started(servers, f"redis://127.0.0.1:{port}/0", process, folder, 30)
+    return _started(servers, f"redis://127.0.0.1:{port}/0", process, folder, DEADLINE / 2)
 
 
 def _rabbitmq_url(servers: Servers) -> str:

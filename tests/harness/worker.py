@@ -32,7 +32,7 @@ from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import AsyncResult
 
 from .brokers import Broker
-from .waiting import DEADLINE, DeadlineMissed, until
+from .waiting import DEADLINE, SLOWNESS, DeadlineMissed, until
 
 T = TypeVar("T")
 
@@ -227,7 +227,7 @@ class Worker:
             before = len(self.log())
             self.process.send_signal(signal.SIGUSR1)  # Celery writes the stack of every thread to the log
             try:
-                until(lambda: len(self.log()) > before, "stacks", timeout=2)
+                until(lambda: len(self.log()) > before, "stacks", timeout=2 * SLOWNESS)
             except AssertionError:
                 pass  # it cannot even do that; the log says what it can
         for pid in left:
@@ -236,7 +236,7 @@ class Worker:
             except ProcessLookupError:
                 continue
         if self.process is not None and left:
-            self.process.wait(30)
+            self.process.wait(DEADLINE)
 
     # Log
 
@@ -328,12 +328,12 @@ class Worker:
 
     # Remote control
 
-    def inspect(self, method: str, *args: Any, timeout: float = 30, **options: Any) -> Any:
+    def inspect(self, method: str, *args: Any, timeout: float = DEADLINE / 2, **options: Any) -> Any:
         """This worker's own answer to ``celery inspect``, such as ``inspect("active")``.
 
         Asked again every few seconds: on Redis a worker says that it is ready a moment before it can hear.
         """
-        inspector = self.app.control.inspect(destination=[self.hostname], timeout=min(5, timeout))
+        inspector = self.app.control.inspect(destination=[self.hostname], timeout=min(5 * SLOWNESS, timeout))
         deadline = time.monotonic() + timeout
         while not (answers := getattr(inspector, method)(*args, **options)):
             if self.exitcode is not None or time.monotonic() > deadline:
@@ -342,7 +342,7 @@ class Worker:
                 )
         return answers[self.hostname]
 
-    def control(self, command: str, *, timeout: float = 30, **arguments: Any) -> Any:
+    def control(self, command: str, *, timeout: float = DEADLINE / 2, **arguments: Any) -> Any:
         """Send a remote control command and return this worker's answer."""
         self.inspect("ping", timeout=timeout)  # it hears; the command itself must not be sent twice
         answers = self.app.control.broadcast(

@@ -15,6 +15,8 @@ from harness.waiting import DEADLINE, until
 
 from memsafe_pool.probe import Probe
 
+pytestmark = pytest.mark.cgroup
+
 MB = 1024 * 1024
 
 #: A process that enters a cgroup, before it has much memory, and then does what the lines it gets say.
