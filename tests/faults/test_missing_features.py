@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 
 import pytest
 from billiard.exceptions import WorkerLostError
@@ -107,3 +108,28 @@ def test_the_worker_ends(start_worker, start_method, missing):
     worker.signal(signal.SIGKILL)
     worker.wait_exit()
     worker.until(lambda: not worker.pids(), "everything to end")
+
+
+#: A /dev with the least, seen by nobody else: the link ``/dev/fd`` is udev's or a container engine's work.
+BARE_DEV = (
+    "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+    ' && mkdir -m 1777 /dev/shm && exec "$@"'
+)
+
+
+def test_a_bare_dev(start_worker, start_method):
+    """As in a plain chroot: nothing but devices has to be there."""
+    within = ["unshare", "--mount", "sh", "-c", BARE_DEV, "sh"]
+    try:
+        trial = subprocess.run([*within, "true"], capture_output=True, check=False, timeout=30)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if trial.returncode:
+        pytest.skip(f"no /dev can be made here: {trial.stderr.decode()}")
+
+    def prepare(worker):
+        worker.command = [*within, *worker.command]
+
+    worker = start_worker("faulty", start_method=start_method, prepare=prepare)
+    assert worker.run("proj.add", 1, 1) == 2
+    assert not os.path.exists(f"/proc/{worker.pid}/root/dev/fd")
