@@ -10,6 +10,7 @@ What else it does at import is chosen by environment variables, so that every wo
     BENCH_RECEIVED               also stamp when the worker received each task
     BENCH_START_METHOD           `worker_pool_start_method`, for stock prefork
     BENCH_POOL_RESTARTS          allow `pool_restart`
+    BENCH_REAL                   have the tasks of `real_work`
     BENCH_METER                  a file for what tasks cost with and without a report, see `no_meter`
 """
 
@@ -21,6 +22,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,18 @@ if _rounds := os.environ.get("BENCH_METER"):
     import no_meter
 
     no_meter.install(_rounds)
+
+
+if os.environ.get("BENCH_REAL"):
+    import real_tasks
+
+    @app.task(name="real", bind=True)
+    def real(self: Any, kind: str, share: float = 1.0) -> None:
+        """Do real work; stamp CPU seconds and page faults of this process before and after."""
+        faults, cpu = getrusage(RUSAGE_SELF).ru_minflt, time.process_time()
+        real_tasks.work(kind, share)
+        after = {"faults": getrusage(RUSAGE_SELF).ru_minflt, "cpu": time.process_time()}
+        _stamp(event="done", id=self.request.id, faults_before=faults, cpu_before=cpu, **after)
 
 
 @app.task(name="noop")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CALLS = 100_000
 #: What takes long is called so many times less often.
-SLOW = {"release_heap": 50, "heap_bytes": 5, "missing": 5}
+SLOW = {"release_heap": 50, "missing": 5}
 UNCERTAIN_BYTES = 256 << 10
 
 

@@ -40,7 +40,7 @@ def install(file: str) -> None:
     """Do so in this process and those forked from it; each appends to `file` when it ends."""
     from celery import signals
 
-    from memsafe_pool import child, engine, ledger, peaks, wire
+    from memsafe_pool import child, engine, ledger, wire
 
     rounds = Rounds()
     report, nothing = wire.Report, wire.Report()
@@ -62,7 +62,6 @@ def install(file: str) -> None:
             rounds.on = not rounds.on
             # Set anew each time, so that what is called has nothing around it.
             begin = super().begin if rounds.on else ignore
-            self.watch = super().watch if rounds.on else ignore
             self.end = super().end if rounds.on else lambda _: packed
             begin()
 
@@ -76,8 +75,6 @@ def install(file: str) -> None:
         rounds.on = on = not rounds.on
         wire.Report = report if on else NoReport
         self.ledger.ended = functools.partial(ledger.Ledger.ended, self.ledger) if on else ignore
-        known = self.ledger.peaks
-        known.is_known = functools.partial(peaks.Peaks.is_known, known) if on else lambda _: False
         on_message(self, sender, kind, *rest)
         rounds.spent[on].append(thread_time_ns() - began)
         wire.Report = report

@@ -15,6 +15,7 @@ import many_children
 import native_calls
 import peak_accuracy
 import ready_time
+import real_work
 import report_cost
 import row
 import shared_model
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SCRIPTS = (
-    *(idle_memory, burst_memory, ready_time, start_latency, shared_model, task_cpu, slow_imports),
+    *(idle_memory, burst_memory, ready_time, start_latency, shared_model, slow_imports),
+    *(task_cpu, real_work),
     *(peak_accuracy, report_cost, many_children, accounting),
     *(fragmentation, jemalloc, native_calls),
 )

@@ -33,13 +33,6 @@ static int (*jemalloc_mallctl)(const char *, void *, size_t *, void *, size_t);
 static void (*mimalloc_collect)(bool);
 static void (*tcmalloc_release)(void);
 static void (*tcmalloc_leave_thread_cache)(void);
-static int (*tcmalloc_number)(const char *, size_t *);
-
-/* As the glibc manual has it; glibc's own declaration is not there before 2.33. */
-struct heap_info {
-    size_t arena, ordblks, smblks, hblks, hblkhd, usmblks, fsmblks, uordblks, fordblks, keepcost;
-};
-static struct heap_info (*glibc_mallinfo2)(void);
 
 /* Nothing is linked: a library that is not there is a null pointer. memcpy, since C99 cannot cast to a function. */
 static void find(const char *name, void *function)
@@ -69,10 +62,8 @@ static int find_allocator(void)
 
     if (allocator == NULL)
         return MS_ALLOCATOR_UNKNOWN;
-    if (allocator == provider(C_LIBRARY_FUNCTION)) {
-        find("mallinfo2", &glibc_mallinfo2);
+    if (allocator == provider(C_LIBRARY_FUNCTION))
         return C_LIBRARY_ALLOCATOR;
-    }
     if (allocator == provider("mallctl")) {
         find("mallctl", &jemalloc_mallctl);
         return MS_ALLOCATOR_JEMALLOC;
@@ -84,7 +75,6 @@ static int find_allocator(void)
     if (allocator == provider("MallocExtension_ReleaseFreeMemory")) {
         find("MallocExtension_ReleaseFreeMemory", &tcmalloc_release);
         find("MallocExtension_MarkThreadTemporarilyIdle", &tcmalloc_leave_thread_cache);
-        find("MallocExtension_GetNumericProperty", &tcmalloc_number);
         return MS_ALLOCATOR_TCMALLOC;
     }
     return MS_ALLOCATOR_UNKNOWN;
@@ -107,12 +97,6 @@ int ms_allocator(void)
 static int jemalloc_do(const char *name)
 {
     return -jemalloc_mallctl(name, NULL, NULL, NULL, 0);
-}
-
-static int jemalloc_get(const char *name, size_t *value)
-{
-    size_t size = sizeof *value;
-    return -jemalloc_mallctl(name, value, &size, NULL, 0);
 }
 
 static int release_heap(void)
@@ -163,70 +147,6 @@ int64_t ms_release_heap_bytes(void)
     return before_bytes - after_bytes;
 }
 
-/*
- * fordblks is what the heap holds free, not what a release would win: it stays as it is when malloc_trim has given
- * the pages back, and holes smaller than a page are in it. So the free bytes cannot be more than what is resident and
- * not in use either. Both are upper bounds: with every other block of 1 kB freed they say 295 MB, and a trim wins 0.
- */
-static int heap_bytes_glibc(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_bytes)
-{
-    if (glibc_mallinfo2 == NULL)
-        return -ENOSYS;
-    struct heap_info heap = glibc_mallinfo2();
-    int64_t anonymous_bytes = anonymous_memory();
-    int64_t not_in_use_bytes = anonymous_bytes - (int64_t)heap.uordblks;
-
-    *free_bytes = (int64_t)heap.fordblks;
-    *mmapped_bytes = (int64_t)heap.hblkhd;
-    *in_use_bytes = (int64_t)heap.uordblks;
-    if (anonymous_bytes >= 0 && not_in_use_bytes < *free_bytes)
-        *free_bytes = not_in_use_bytes > 0 ? not_in_use_bytes : 0;
-    return 0;
-}
-
-/* Dirty pages are free and still resident, muzzy ones until the kernel wants them (MADV_FREE). A purge takes both. */
-static int heap_bytes_jemalloc(int64_t *free_bytes)
-{
-    uint64_t epoch = 1;
-    size_t dirty_pages, muzzy_pages, page_bytes;
-
-    /* The numbers are those of the last time that somebody wrote to epoch. */
-    if (jemalloc_mallctl("epoch", NULL, NULL, &epoch, sizeof epoch) != 0 ||
-        jemalloc_get("arenas.page", &page_bytes) < 0 ||
-        jemalloc_get("stats.arenas." ALL_ARENAS ".pdirty", &dirty_pages) < 0 ||
-        jemalloc_get("stats.arenas." ALL_ARENAS ".pmuzzy", &muzzy_pages) < 0)
-        return -ENOSYS; /* jemalloc 4, or built without statistics */
-    *free_bytes = (int64_t)((dirty_pages + muzzy_pages) * page_bytes);
-    return 0;
-}
-
-static int heap_bytes_tcmalloc(int64_t *free_bytes)
-{
-    size_t bytes;
-
-    if (tcmalloc_number == NULL || !tcmalloc_number("tcmalloc.pageheap_free_bytes", &bytes))
-        return -ENOSYS;
-    *free_bytes = (int64_t)bytes;
-    return 0;
-}
-
-int ms_heap_bytes(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_bytes)
-{
-    *free_bytes = 0;
-    *mmapped_bytes = 0;
-    *in_use_bytes = 0;
-    switch (ms_allocator()) {
-    case MS_ALLOCATOR_GLIBC:
-        return heap_bytes_glibc(free_bytes, mmapped_bytes, in_use_bytes);
-    case MS_ALLOCATOR_JEMALLOC:
-        return heap_bytes_jemalloc(free_bytes);
-    case MS_ALLOCATOR_TCMALLOC:
-        return heap_bytes_tcmalloc(free_bytes);
-    default:
-        return -ENOSYS;
-    }
-}
-
 #else
 
 #if defined(__APPLE__)
@@ -250,14 +170,6 @@ int64_t ms_release_heap_bytes(void)
 #else
     return -ENOSYS;
 #endif
-}
-
-int ms_heap_bytes(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_bytes)
-{
-    *free_bytes = 0;
-    *mmapped_bytes = 0;
-    *in_use_bytes = 0;
-    return -ENOSYS;
 }
 
 #endif

@@ -38,20 +38,6 @@ int ms_allocator(void);
  */
 int64_t ms_release_heap_bytes(void);
 
-/*
- * free_bytes: the most that ms_release_heap_bytes could give back now. With glibc it is an upper bound, and it can be
- * far off: see heap_bytes_glibc. With jemalloc and tcmalloc it is what a release will give, within some per cent.
- * mmapped_bytes: blocks with a mapping of their own, which free(3) gives back by itself; 0 if not glibc.
- * in_use_bytes: all other blocks that are given out, with what the allocator adds to each; 0 if not glibc.
- *
- * Expensive with glibc: it visits every free chunk with the arena locked, 35 ms for 300,000 free chunks of 1 kB,
- * 50 ms for 150,000 of 1 to 8 kB in random order, 2 us for a heap without holes. A release of the same heaps takes
- * 67 to 300 ms. jemalloc 12 us (0.2 ms when cold), tcmalloc 1 us.
- *
- * -ENOSYS with glibc before 2.33, whose mallinfo counts in int: 4 GB read as 0. Also with musl, mimalloc, macOS.
- */
-int ms_heap_bytes(int64_t *free_bytes, int64_t *mmapped_bytes, int64_t *in_use_bytes);
-
 /* Memory of this process; Linux only, but for the peak */
 
 /*

@@ -202,10 +202,10 @@ def _run_tasks(app: Any, sock: socket.socket, hostname: str, signals: _Signals, 
             _trim_if_idle(sock, patience, meter)
         if not inbox.wait():
             return
+        if meter.worth_trimming and (inbox.hint == wire.TRIM or (inbox.hint and meter.affords_trim)):
+            _trim(sock, meter, collect=False)  # a collection may take longer than the task
         meter.begin()
-        job, hints, payload = inbox.take()
-        if meter.doubtful:
-            _watch(sock, meter, hints)
+        job, payload = inbox.take()
         function, args, kwargs = loads(payload)
         del payload  # a large call must not stay in memory twice while it runs
         if inbox.limit_bytes:
@@ -267,19 +267,21 @@ class _Inbox:
             self.limit_bytes = int(wire.HEAD.unpack_from(self._data)[3])
             self._data = self._data[size:]
 
-    def take(self) -> tuple[int, int, memoryview]:
-        """Return a task that has arrived: its number, what is said of it, and the payload.
+    @property
+    def hint(self) -> int:
+        """What is said of the task that has arrived: 0, TRIM or EXACT."""
+        return int(wire.HEAD.unpack_from(self._data)[3])
 
-        Wait for the rest of it.
-        """
+    def take(self) -> tuple[int, memoryview]:
+        """Return a task that has arrived, its number and the payload; wait for the rest of it."""
         data = self._data
-        _, length, job, number = wire.HEAD.unpack_from(data)
+        _, length, job, _ = wire.HEAD.unpack_from(data)
         end = wire.HEAD.size + length
         payload: memoryview = memoryview(data)[wire.HEAD.size : end]
         self._data = data[end:]
         if len(data) < end:
             payload = self._take_rest(payload, length)
-        return job, int(number), payload
+        return job, payload
 
     def _take_rest(self, begun: memoryview, length: int) -> memoryview:
         whole = memoryview(bytearray(length))
@@ -299,15 +301,6 @@ def _trim_if_idle(sock: socket.socket, patience: float, meter: Meter) -> None:
     work.register(sock, select.POLLIN)
     if not work.poll(min(patience, _LONGEST_WAIT_SECONDS) * 1000):
         _trim(sock, meter, collect=True)
-
-
-def _watch(sock: socket.socket, meter: Meter, hints: int) -> None:
-    """Give free heap back, or find out how much of it the task that begins will use."""
-    if hints & wire.TRIM and meter.worth_trimming:
-        _trim(sock, meter, collect=False)  # a collection may take longer than the task
-        meter.begin()
-    if meter.doubtful:
-        meter.watch(known=bool(hints & wire.KNOWN))
 
 
 def _trim(sock: socket.socket, meter: Meter, *, collect: bool) -> None:

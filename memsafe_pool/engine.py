@@ -353,13 +353,24 @@ class Engine:
             self._accept(job, os.getpid(), time.monotonic())
             self._finish(job, False, upstream.failed(upstream.MaybeEncodingError(exc, job.args)))
             return None
-        hints = wire.KNOWN if self.ledger.peaks.is_known(job.name) else 0
-        if child.report.trimmable >= self._trim_bytes and self.supervisor.trims:
-            hints |= wire.TRIM
-        message = wire.head(wire.TASK, len(body), job.id, hints) + body
+        message = wire.head(wire.TASK, len(body), job.id, self._hint(child, job)) + body
         if job.hard_limit is not None:
             return wire.head(wire.LIMIT, 0, 0, float(job.hard_limit)) + message
         return message
+
+    def _hint(self, child: Child, job: Job) -> int:
+        """Whether a child is to give back free heap before a job.
+
+        When memory is short; and now and then, to learn what such tasks need, or what a child can not win.
+        """
+        trimmable = child.report.trimmable
+        if trimmable < self._trim_bytes:
+            return 0
+        if self.supervisor.trims:
+            return wire.TRIM
+        growth = self.supervisor.rules.max_growth_bytes
+        unknown = not self.ledger.peaks.is_known(job.name) or (growth is not None and trimmable > growth)
+        return wire.EXACT if unknown else 0
 
     def _accept(self, job: Job, pid: int, at: float) -> None:
         job.accept(pid, at)
@@ -493,6 +504,7 @@ class Engine:
             self._on_up(child, wire.Report.unpack(payload))
         elif kind == wire.TRIMMED:
             self.ledger.trimmed(child, wire.Report.unpack(payload), int(value))
+            self._first_runs.settle(child, child.report.kept - child.first_private_bytes)
             logger.debug("%s gave back %s", child, mib(value))
         elif kind == wire.FAILED:
             child.failure, child.shortage = bytes(payload).decode(errors="replace"), bool(number)
@@ -518,9 +530,9 @@ class Engine:
             report, body = wire.Report.unpack(payload), payload[wire.REPORT.size :]
         # What it keeps is gone, although nobody has looked since.
         self.room.headroom -= max(report.private - child.report.private, 0)
-        kept = child.report.kept
+        private = child.report.private
         self.ledger.ended(child, job.name, report)
-        self._first_runs.note(child, job.name, report.kept - kept)
+        self._first_runs.note(child, job.name, report.private - private)
         self.sizes.learn(job, report.peak, report.hidden)
         if child.tasks == 1:  # by now it has what every child needs beside its tasks
             self.steward.learn_child(report.private)

@@ -42,7 +42,7 @@ class Child:
         report: What it last said of its memory; all 0 before it was ready.
         first_private_bytes: Its private memory when it was ready.
         ending_bytes: What its task had taken when it was told or made to go.
-        loaded_bytes, ran: See ``recycle.FirstRuns``.
+        loaded_bytes, ran, loads: See ``recycle.FirstRuns``.
         most_bytes: The most that was ever resident in it while it ran a task.
         trims: How often it has given memory back; ``trimmed_bytes``: how much that was.
         generation: Children of an older generation than the engine's are to be replaced.
@@ -71,6 +71,7 @@ class Child:
         "kill_at",
         "link",
         "loaded_bytes",
+        "loads",
         "memory_error",
         "most_bytes",
         "name",
@@ -108,6 +109,7 @@ class Child:
         self.tasks = self.first_private_bytes = self.most_bytes = self.trims = self.trimmed_bytes = 0
         self.loaded_bytes = self.ending_bytes = 0
         self.ran: dict[str, int] = {}
+        self.loads = False
         self.idle_since = 0.0
         self.job: Job | None = None
         self.job_terminated = self.expected = self.was_ready = False

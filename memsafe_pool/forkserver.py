@@ -49,7 +49,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from celery.utils.imports import import_from_cwd
 
-from memsafe_pool import arenas, child, heap, native, scarcity, upstream
+from memsafe_pool import child, native, scarcity, upstream
 
 __all__ = [
     "FAILED",
@@ -173,11 +173,9 @@ def serve(
         if fresh or role.preload:
             gc.collect()
             gc.freeze()
-        arenas.read()  # imports what it needs, once for all children
         with contextlib.suppress(OSError):  # not with this C library
             # So that free heap which a child takes into use is new to it, and no page to copy.
             native.release_heap()
-        heap.look()  # children know from it what can be free in theirs
         threads = settled_thread_count()
     except BaseException:  # noqa: BLE001 - the worker logs it and decides
         send_failure(sock)

@@ -146,7 +146,8 @@ class SimulatedChild:
     """One child, as ``fleet.Child``.
 
     Attributes:
-        kept: What it has kept of the tasks it ran; ``loaded_bytes``, ``ran``: see ``recycle.FirstRuns``.
+        kept: What it has kept of the tasks it ran.
+        loaded_bytes, ran, loads: See ``recycle.FirstRuns``.
         state: ``"starting"``, ``"idle"``, ``"busy"``, ``"leaving"`` or ``"gone"``.
         run: What it runs, or None.
     """
@@ -156,6 +157,7 @@ class SimulatedChild:
         self.tasks = 0
         self.kept = self.loaded_bytes = 0
         self.ran: dict[str, int] = {}
+        self.loads = False
         self.idle_since = 0.0
         self.outdated = False
         self.state = "starting"

@@ -29,13 +29,11 @@ if TYPE_CHECKING:
 __all__ = [
     "EXTENSION_ERROR",
     "HAVE_EXTENSION",
-    "HeapBytes",
     "Measures",
     "OwnMemory",
     "allocator",
     "fork_orphan",
     "get_child_subreaper",
-    "heap_bytes",
     "measure",
     "missing",
     "own_memory",
@@ -46,14 +44,6 @@ __all__ = [
     "set_child_subreaper",
     "set_parent_death_signal",
 ]
-
-
-class HeapBytes(NamedTuple):
-    """What the allocator holds, in bytes; see :func:`heap_bytes`."""
-
-    free: int
-    mmapped: int
-    in_use: int
 
 
 class OwnMemory(NamedTuple):
@@ -80,7 +70,6 @@ class _Library(Protocol):
 
     def ms_allocator(self) -> int: ...
     def ms_release_heap_bytes(self) -> int: ...
-    def ms_heap_bytes(self, free_bytes: Any, mmapped_bytes: Any, in_use_bytes: Any, /) -> int: ...
     def ms_own_memory_bytes(self, resident_bytes: Any, anonymous_bytes: Any, /) -> int: ...
     def ms_peak_resident_bytes(self) -> int: ...
     def ms_measure(self, numbers: Any, /) -> int: ...
@@ -92,7 +81,7 @@ class _Library(Protocol):
     def ms_fork_orphan(self, before: Any, in_parent: Any, in_orphan: Any, midwife: Any, /) -> int: ...
 
 
-#: Those whose free pages release_heap and whose numbers heap_bytes can ask for.
+#: Those whose free pages release_heap can give back.
 _RELEASING = frozenset({"glibc", "jemalloc", "mimalloc", "tcmalloc", "macos"})
 
 
@@ -139,8 +128,6 @@ def missing() -> list[str]:
         phrases.append("the C extension is not built, so calls through ctypes and /proc are slower")
     if name not in _RELEASING:
         phrases.append(f"free heap cannot be given back ({name} allocator)")
-    if not (_has_mallinfo2() if name == "glibc" else name in {"jemalloc", "tcmalloc"} and HAVE_EXTENSION):
-        phrases.append(f"free heap cannot be measured ({name} allocator)")
     for phrase, probe in (
         ("own memory cannot be read", own_memory),
         ("private memory cannot be read", _probe_private),
@@ -182,30 +169,6 @@ def release_heap() -> int:
     extension it is only known with glibc.
     """
     return _checked(_library.ms_release_heap_bytes)
-
-
-def heap_bytes() -> HeapBytes:
-    """Read what :func:`release_heap` could win at most, and what is in mappings of its own.
-
-    `free`: with glibc the smaller of ``mallinfo2().fordblks`` and of the anonymous memory that malloc
-    has not given out. It is an upper bound that can be far off, as holes smaller than a page cannot be
-    released and memory that is not malloc's, such as Python's own arenas for small objects, is in it once
-    the heap has been released. With jemalloc (dirty and muzzy pages) and tcmalloc (free pages of the page
-    heap) it is what a release gives.
-
-    `mmapped`: with glibc the blocks above the mmap threshold, which go back when they are freed; else 0.
-    `in_use`: with glibc the other blocks that are given out, with what malloc adds to each; else 0.
-
-    With glibc, limit how often this is called: it visits every free block, while other threads wait for
-    the heap. 35 to 100 ms for 300,000 free blocks, 3 us for a heap without holes. With jemalloc 12 us, with
-    tcmalloc 2 us.
-
-    Raises OSError with ENOSYS with glibc before 2.33, with musl, mimalloc, macOS and an unknown
-    allocator; without the extension also with jemalloc and tcmalloc.
-    """
-    cells = _new_cell(), _new_cell(), _new_cell()
-    _checked(_library.ms_heap_bytes, *cells)
-    return HeapBytes(*(int(cell[0]) for cell in cells))
 
 
 def own_memory() -> OwnMemory:
@@ -348,12 +311,6 @@ def _checked(function: Callable[..., int], *arguments: Any) -> int:
     if result < 0:
         raise OSError(-result, os.strerror(-result))
     return result
-
-
-def _has_mallinfo2() -> bool:
-    """Whether this is glibc 2.33 or later; by its version, as calling mallinfo2 would walk the heap."""
-    version = os.confstr("CS_GNU_LIBC_VERSION") or "glibc 0.0"
-    return tuple(map(int, version.split()[1].split(".")[:2])) >= (2, 33)
 
 
 def _probe_private() -> None:

@@ -26,9 +26,6 @@ class CtypesLibrary:
     that a fork or a closed descriptor could spoil.
     """
 
-    # The members of struct mallinfo2; those that are not used have the names of their places.
-    MALLINFO2 = ("_0", "_1", "_2", "_3", "hblkhd", "_5", "_6", "uordblks", "fordblks", "_9")
-
     # <linux/prctl.h>
     PR_SET_PDEATHSIG = 1
     PR_SET_CHILD_SUBREAPER = 36
@@ -38,7 +35,6 @@ class CtypesLibrary:
         """`c_library` has the C functions as attributes; by default it is opened at the first call."""
         self._c_library = c_library
         self._allocator: int | None = None
-        self._mallinfo2: Any = None
 
     def ms_allocator(self) -> int:
         if self._allocator is None:
@@ -58,24 +54,6 @@ class CtypesLibrary:
         trim(0)
         after_bytes = self._anonymous_memory()
         return 0 if before_bytes < 0 or after_bytes < 0 else max(0, before_bytes - after_bytes)
-
-    def ms_heap_bytes(self, free_bytes: Any, mmapped_bytes: Any, in_use_bytes: Any, /) -> int:
-        import ctypes
-
-        allocator = ALLOCATORS[self.ms_allocator()]
-        free_bytes[0] = mmapped_bytes[0] = in_use_bytes[0] = 0
-        if allocator == "glibc" and (mallinfo2 := self._function("mallinfo2")) is not None:
-            if self._mallinfo2 is None:
-                fields = [(name, ctypes.c_size_t) for name in self.MALLINFO2]
-                self._mallinfo2 = type("Mallinfo2", (ctypes.Structure,), {"_fields_": fields})
-            mallinfo2.argtypes, mallinfo2.restype = [], self._mallinfo2
-            heap = mallinfo2()
-            anonymous_bytes = self._anonymous_memory()
-            not_in_use = heap.fordblks if anonymous_bytes < 0 else max(0, anonymous_bytes - heap.uordblks)
-            free_bytes[0], mmapped_bytes[0] = min(heap.fordblks, not_in_use), heap.hblkhd
-            in_use_bytes[0] = heap.uordblks
-            return 0
-        return -errno.ENOSYS
 
     def ms_own_memory_bytes(self, resident_bytes: Any, anonymous_bytes: Any, /) -> int:
         try:

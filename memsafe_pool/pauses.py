@@ -70,12 +70,14 @@ class Sample:
         estimate: What was known when it was admitted.
         grown: Bytes it has taken since it began.
         spared: Whether it is not to be stopped now.
+        free: Bytes that its child had free before it began, at most, and which it need not take.
     """
 
     task: Hashable
     estimate: Estimate
     grown: int
     spared: bool = False
+    free: int = 0
 
 
 @dataclass(slots=True)
@@ -117,8 +119,8 @@ class _Run:
             self.rate = max(rate, self.rate * 0.5 ** (passed / HALF_LIFE))
         self.grown, self.at, self.spared = sample.grown, now, sample.spared
         self.growing = self.rate > slow
-        self.need = pending(sample.estimate, sample.grown, growing=self.growing)
-        self.most = sample.estimate.most
+        self.need = pending(sample.estimate, sample.grown + sample.free, growing=self.growing)
+        self.most = sample.estimate.most - sample.free
 
 
 class Pauses:

@@ -21,8 +21,8 @@ KEPT_PEAKS = 200
 #: Task names kept; the one that ran least recently goes first.
 KEPT_NAMES = 1000
 
-#: What a task needs is known when so many peaks in a row differ by no more than this share and these bytes.
-KNOWN_RUNS, KNOWN_SHARE, KNOWN_BYTES = 4, 0.05, 1 << 20
+#: What a task needs is known by so many exact peaks, for so many runs after the last of them.
+KNOWN_RUNS, KNOWN_FOR = 3, 100
 
 
 class Summary(TypedDict):
@@ -37,12 +37,10 @@ class Summary(TypedDict):
 
 
 class _Record:
-    __slots__ = ("alike", "bounds", "count", "exact", "last", "level", "little", "most", "peaks")
+    __slots__ = ("bounds", "count", "exact", "exact_at", "last", "most", "peaks")
 
     def __init__(self) -> None:
-        self.count = self.exact = self.last = self.most = 0
-        # Peaks in a row that were as small as can be, and exact ones that were like one another.
-        self.little = self.alike = self.level = 0
+        self.count = self.exact = self.exact_at = self.last = self.most = 0
         self.peaks: deque[int] = deque(maxlen=KEPT_PEAKS)
         self.bounds: deque[int] = deque(maxlen=KEPT_PEAKS)
 
@@ -65,21 +63,17 @@ class Peaks:
         record.count += 1
         record.exact += exact
         record.last = peak
-        # Also by lower bounds: what a child could look at it has looked at, until it is told not to.
-        record.little = 0 if peak > KNOWN_BYTES else record.little + 1
-        near = abs(peak - record.level) <= KNOWN_BYTES + KNOWN_SHARE * record.level
         if exact:
-            record.alike = record.alike + 1 if near else 1
-            record.level = peak
-        elif peak > record.level and not near:
-            record.alike = 0
+            record.exact_at = record.count
         record.most = max(record.most, peak)
         (record.peaks if exact else record.bounds).append(peak)
 
     def is_known(self, name: str) -> bool:
-        """Whether it is known what tasks of this name need: so many in a row needed little, or the same."""
+        """Whether it is known what tasks of this name need."""
         record = self._records.get(name)
-        return record is not None and max(record.little, record.alike) >= KNOWN_RUNS
+        return (
+            record is not None and record.exact >= KNOWN_RUNS and record.count - record.exact_at < KNOWN_FOR
+        )
 
     def summaries(self) -> dict[str, Summary]:
         """Return each task's peaks in numbers. Percentiles are by the nearest-rank method."""

@@ -1,9 +1,9 @@
 """When a child has had its time: the rules, without their timing.
 
 A *hard* reason holds at once: what the user has set, per child, and the number of children. A *soft* one
-can wait for the replacement to be ready. Growth counts what a child cannot give back: free heap that a
-trim would win is not in it. Nor is what a task loads when it first runs in a child, such as
-modules and models: another child would have to load it, too.
+can wait for the replacement to be ready. Growth counts what a child cannot give back: what it has got since
+its last trim, of which nobody knows whether another would win it, is not in it. Nor is what a task loads
+when it first runs in a child, such as modules and models: another child would have to load it, too.
 
 Data only; imports neither Celery nor billiard.
 """
@@ -67,10 +67,12 @@ class Loader(Protocol):
     Attributes:
         loaded_bytes: What it has kept of the first runs of tasks, as every child does.
         ran: What of that is of each task that has run in it; 0 when it has run again.
+        loads: Whether some task has run in it for the first time since its last trim, and did not leak.
     """
 
     loaded_bytes: int
     ran: dict[str, int]
+    loads: bool
 
 
 class FirstRuns:
@@ -90,12 +92,25 @@ class FirstRuns:
         if loaded is None:
             loaded = child.ran[name] = self._loaded(name, left)
             child.loaded_bytes += loaded
+            child.loads = True
             return
         if not loaded:
             return
         child.ran[name] = 0
         if left > loaded * LEAK_SHARE:
             child.loaded_bytes -= loaded  # it is no loading but a leak
+            child.loads = False
+
+    def settle(self, child: Loader, kept: int) -> None:
+        """Take note of what a trim could not win: only now it is known what was loaded, and what was free.
+
+        What a task loads may have found its place in memory that another one had left free.
+
+        Arguments:
+            kept: Bytes by which the child has grown since it was ready.
+        """
+        child.loaded_bytes = max(kept if child.loads else min(kept, child.loaded_bytes), 0)
+        child.loads = False
 
     def _loaded(self, name: str, left: int) -> int:
         """Return what of it every child has to load.

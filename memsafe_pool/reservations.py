@@ -67,20 +67,28 @@ Key = tuple[str, str | None]
 
 
 class _Record:
-    __slots__ = ("count", "estimate", "kept", "recent", "running")
+    __slots__ = ("bound", "count", "estimate", "kept", "recent", "running")
 
     def __init__(self) -> None:
         self.count = 0
         self.recent: deque[int] = deque(maxlen=RECENT)
         self.kept: deque[int] = deque(maxlen=KEPT)
         self.running = 0  # the most that one has taken that has not ended
+        self.bound = True  # whether no peak was exact: then there is the last upper bound
         self.estimate = UNKNOWN
 
     def add(self, peak: int, hidden: int = 0) -> bool:
         """Enter a peak; return whether that changes much."""
         self.count += 1
-        if hidden and self.recent:
-            peak = min(max(peak, self.recent[-1]), peak + hidden)
+        if hidden:
+            last = (
+                peak + hidden if not self.estimate.known else self.recent[-1] if self.recent else LITTLE_BYTES
+            )
+            peak = min(max(peak, last), peak + hidden)
+        if self.bound:
+            self.recent.clear()
+            self.kept.clear()
+            self.bound = hidden > 0
         if peak <= LITTLE_BYTES and self.estimate is _LITTLE and not self.running:
             return False
         self.running = 0
@@ -133,7 +141,7 @@ class Reservations:
         Arguments:
             peak: Bytes that were seen.
             hidden: Bytes that it may have used besides, unseen: then it needed the same as the one before it,
-                as far as that can be.
+                as far as that can be, and all of it where nothing is known.
         """
         records = self._records
         for key in ((name, None),) if label is None else ((name, None), (name, label)):
@@ -185,7 +193,7 @@ class Reservations:
                 "most": max(record.kept, default=0),
             }
             for (name, label), record in self._records.items()
-            if not changed or (name, label) in self.changed
+            if not record.bound and (not changed or (name, label) in self.changed)
         ]
 
     def load(self, rows: Any) -> None:

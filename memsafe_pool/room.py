@@ -53,12 +53,17 @@ class Task(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A running task at one look: what it has taken since it began, and whether some of it just now."""
+    """A running task at one look: what it has taken since it began, and whether some of it just now.
+
+    ``free`` is what its child had free before it began, at most: that counts as used, and is not to be set
+    aside once more.
+    """
 
     task: Task
     grown: int
     growing: bool = False
     paused: bool = False
+    free: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +128,12 @@ class Room:
         for seen in look.running:
             task = seen.task
             if task in self.running:
-                left = pending(task.estimate, seen.grown, growing=seen.growing)
+                has = seen.grown + seen.free
+                left = pending(task.estimate, has, growing=seen.growing)
                 self._pending += left - self.running[task]
                 self.running[task] = left
                 self.grown[task] = seen.grown
-                reserve = max(reserve, task.estimate.most - max(task.estimate.reserved, seen.grown))
+                reserve = max(reserve, task.estimate.most - max(task.estimate.reserved, has))
         self._reserve = reserve
 
     @property

@@ -265,7 +265,13 @@ class Watch:
                 left - self._starting_bytes(True),
                 self.budget.ceiling,
                 [
-                    Sample(run.job, run.job.estimate, run.job.grown, now < run.spared_until)
+                    Sample(
+                        run.job,
+                        run.job.estimate,
+                        run.job.grown,
+                        now < run.spared_until,
+                        run.child.report.trimmable,
+                    )
                     for run in list(self._runs.values())
                 ],
                 most - left,
@@ -295,7 +301,13 @@ class Watch:
 
     def _look(self, now: float, within: int, theirs: int) -> Look:
         running = [
-            Seen(run.job, run.job.grown, growing=run.growing, paused=self._pauses.is_paused(run.job))
+            Seen(
+                run.job,
+                run.job.grown,
+                growing=run.growing,
+                paused=self._pauses.is_paused(run.job),
+                free=run.child.report.trimmable,
+            )
             for run in list(self._runs.values())
         ]
         return Look(now, within, running, theirs, self._starting_bytes(False))

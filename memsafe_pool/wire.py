@@ -8,9 +8,9 @@ costs no pickling on either side.
 ========  ==========  =======================================================
 kind      sender      meaning
 ========  ==========  =======================================================
-TASK      worker      run this: payload ``(function, args, kwargs)``; number: KNOWN when
-                      it is known what tasks of this name need, plus TRIM when
-                      free heap is to be given back first
+TASK      worker      run this: payload ``(function, args, kwargs)``; number: TRIM when
+                      free heap is to be given back first, EXACT when it is only if
+                      that costs little, so that it is seen what the task needs
 LIMIT     worker      the next task may take so many bytes: number
 STOP      worker      leave; nothing follows
 UP        child       ready for work; job: its pid; payload: report
@@ -38,9 +38,9 @@ from typing import NamedTuple
 __all__ = [
     "ACK",
     "DONE",
+    "EXACT",
     "FAILED",
     "HEAD",
-    "KNOWN",
     "LIMIT",
     "REPORT",
     "STOP",
@@ -56,8 +56,8 @@ __all__ = [
 
 TASK, STOP, UP, ACK, DONE, FAILED, TRIMMED, LIMIT = range(1, 9)
 
-#: What the number of a TASK says, added up.
-KNOWN, TRIM = 1, 2
+#: What the number of a TASK says; else it is 0.
+TRIM, EXACT = 1, 2
 
 #: kind, payload length in bytes, job id, number
 HEAD = struct.Struct("=BQQd")
@@ -75,8 +75,10 @@ class Report(NamedTuple):
         private: What would be free if it ended.
         high: The most that was resident since its last task began.
         peak: What that task needed at its peak, beyond what was there before it.
-        trimmable: Free heap that is resident: what a trim could win. 0 when little.
-        hidden: What it may have needed besides, unseen; 0 if ``peak`` is all.
+        trimmable: What it has beyond what it had when it was fresh, or after its last trim: the most that a
+            trim could win. 0 when little.
+        hidden: What the task may have needed besides, unseen, as it was free in the child; 0 if ``peak`` is
+            all.
     """
 
     resident: int = 0
@@ -89,7 +91,7 @@ class Report(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """What would be free if it ended, but for what a trim would win."""
+        """What would be free if it ended, but for what a trim could win."""
         return self.private - self.trimmable
 
     @property

@@ -52,7 +52,8 @@ def peaks_of(worker, task, count):
 
 
 def close(peak, mib):
-    return abs(peak - mib * MIB) <= max(MIB, 0.02 * mib * MIB)
+    """Whether it is as exact as it is called."""
+    return abs(peak - mib * MIB) <= max(4 * MIB, 0.05 * mib * MIB)
 
 
 def test_each_task_has_its_own_peak(untrimmed):
@@ -66,16 +67,29 @@ def test_each_task_has_its_own_peak(untrimmed):
     assert close(last["median"], 30)
 
 
-def test_reused_heap_is_a_tasks_own(untrimmed):
-    """A task that fits into heap which an earlier one has left free has the same peak as in a new child."""
+def test_a_peak_in_free_heap_is_a_lower_bound(untrimmed):
+    """A task that fits into heap which an earlier one has left free needs more than is seen."""
     child = untrimmed.run("proj.small_blocks", 100, 100)
-    peaks_of(untrimmed, "proj.small_blocks", 1)
+    assert peaks_of(untrimmed, "proj.small_blocks", 1)["exact"] == 1
     assert row(untrimmed, child)["trimmable"] > 80 * MIB
     for count, mib in enumerate((60, 5, 90), start=2):
         assert untrimmed.run("proj.small_blocks", mib) == child
         peaks = peaks_of(untrimmed, "proj.small_blocks", count)
-        assert close(peaks["last"], mib), (mib, peaks)
-    assert peaks["exact"] == peaks["count"]
+        assert peaks["last"] < mib * MIB
+    assert peaks["exact"] == 1
+
+
+def test_a_child_trims_to_see_what_a_task_needs(start_worker, start_method):
+    """Before one run in some, without a pause between tasks; then its peak is that of a fresh child."""
+    worker = start_worker(
+        "proj", start_method=start_method, concurrency=1, config={"memsafe_trim_idle": 3600}
+    )
+    worker.run("proj.small_blocks", 100, 1000)
+    worker.run("proj.small_blocks", 60, 1000)
+    peaks = peaks_of(worker, "proj.small_blocks", 2)
+    assert peaks["exact"] == 2
+    assert close(peaks["last"], 60), peaks
+    assert memsafe(worker)["trims"] == 1
 
 
 def test_a_result_and_arguments_are_in_it(untrimmed):
@@ -187,9 +201,8 @@ def test_without_the_extension_it_is_the_same(start_worker, start_method):
     worker.wait_for_log(
         "Memory of children is looked after as far as that goes here: the C extension is not built"
     )
-    child = worker.run("proj.small_blocks", 100, 100)
-    for count, mib in enumerate((60, 3), start=2):
-        assert worker.run("proj.small_blocks", mib) == child
-        assert close(peaks_of(worker, "proj.small_blocks", count)["last"], mib)
+    child = worker.run("proj.small_blocks", 100, 1000)
+    assert worker.run("proj.small_blocks", 60) == child
+    assert close(peaks_of(worker, "proj.small_blocks", 2)["last"], 60)
     worker.until(lambda: memsafe(worker)["trims"], "the child to give memory back")
     assert worker.log().count("Memory of children is looked after") == 1

@@ -293,7 +293,6 @@ def test_an_orphan_that_cannot_be_forked(run, others):
     ("function", "arguments"),
     [
         (native.release_heap, ()),
-        (native.heap_bytes, ()),
         (native.set_parent_death_signal, (15,)),
         (native.set_child_subreaper, (True,)),
         (native.get_child_subreaper, ()),
@@ -314,7 +313,6 @@ def test_what_is_missing_is_said(monkeypatch):
     assert native.missing() == [
         "the C extension is not built, so calls through ctypes and /proc are slower",
         "free heap cannot be given back (unknown allocator)",
-        "free heap cannot be measured (unknown allocator)",
         f"no prctl, so children cannot be tied to their parent ({os.strerror(errno.ENOSYS)})",
     ]
 

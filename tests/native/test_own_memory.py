@@ -462,7 +462,6 @@ def test_the_oom_score_from_any_start(run, start):
         ("refused(native.set_parent_death_signal, -1)", 100_000),
         ("native.set_child_subreaper(True)", 100_000),
         ("native.get_child_subreaper()", 100_000),
-        ("fits(native.heap_bytes)", 100_000),
         ("fits(native.release_heap)", 100_000),
         ("native.missing()", 100_000),
     ],

@@ -48,39 +48,22 @@ def test_percentiles_follow_what_is_recent():
     assert (changed["median"], changed["p95"], changed["max"]) == (10, 10, 1000)
 
 
-def test_what_needs_little():
-    """Four peaks in a row that are small, exact or not, and none since that is not."""
+def test_what_a_task_needs_is_known_by_exact_peaks():
+    """By three of them, until there was none for a hundred runs."""
     record = Peaks()
 
-    def needs_little_after(*entries):
-        for mib, exact in entries:
-            record.add("task", int(mib * 1024**2), exact=exact)
+    def known_after(exact, count=1):
+        for _ in range(count):
+            record.add("task", 10, exact=exact)
         return record.is_known("task")
 
     assert not record.is_known("task")
-    assert not needs_little_after((0, True), (1, True), (0.5, False))
-    assert needs_little_after((0, True))
-    assert not needs_little_after((2, False))
-    assert not needs_little_after(*[(0, True)] * 3)
-    assert needs_little_after((0, False))
-
-
-def test_what_needs_the_same_each_time():
-    """Four exact peaks in a row that are alike; lower bounds do not count, unless they are above that."""
-    record = Peaks()
-
-    def known_after(*entries):
-        for mib, exact in entries:
-            record.add("task", int(mib * 1024**2), exact=exact)
-        return record.is_known("task")
-
-    assert not known_after((100, True), (101, True), (98, True), (50, False))
-    assert known_after((100, True))
-    assert known_after((0, False), (100, False))
-    assert not known_after((120, False))
-    assert not known_after(*[(100, True)] * 3, (120, True))
-    assert not known_after((120, True), (120, True))
-    assert known_after((120, True))
+    assert not known_after(False, 200)
+    assert not known_after(True, peaks.KNOWN_RUNS - 1)
+    assert known_after(True)
+    assert known_after(False, peaks.KNOWN_FOR - 1)
+    assert not known_after(False)
+    assert known_after(True)
 
 
 def test_there_is_an_end_to_names(monkeypatch):

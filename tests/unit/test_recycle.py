@@ -29,6 +29,7 @@ class Child:
     outdated: bool = False
     loaded_bytes: int = 0
     ran: dict = field(default_factory=dict)
+    loads: bool = False
 
 
 def test_without_rules_a_child_stays():
@@ -123,6 +124,25 @@ def test_what_a_task_leaves_each_time_is_a_leak():
     runs = FirstRuns()
     assert loaded(runs, ("leak", 20), ("load", 70), ("leak", 20), ("load", 5)) == 70
     assert loaded(runs, ("leak", 20), ("leak", 9), ("leak", 20)) == 20
+
+
+def test_a_trim_tells_what_was_loaded_and_what_was_free():
+    """Free heap is no load, a load may have been put into free heap, and what leaks is neither."""
+    runs, child = FirstRuns(), Child()
+    runs.note(child, "load", 300)
+    runs.settle(child, 40)
+    assert child.loaded_bytes == 40
+    runs.note(child, "load", 5)
+    runs.settle(child, 90)
+    assert child.loaded_bytes == 40
+    runs.note(child, "load more", 0)
+    runs.settle(child, 120)
+    assert child.loaded_bytes == 120
+    leaking = Child()
+    runs.note(leaking, "leak", 20)
+    runs.note(leaking, "leak", 20)
+    runs.settle(leaking, 40)
+    assert leaking.loaded_bytes == 0
 
 
 def test_only_so_many_tasks_are_remembered():

@@ -69,6 +69,30 @@ def test_what_was_hidden_is_thought_to_be_as_ever():
     assert found.estimate("add", None).reserved == mib(150)
 
 
+def test_a_bound_will_do_until_there_is_an_exact_peak():
+    """What may have been used unseen counts; the lowest upper bound holds, then what is exact."""
+    found = Reservations()
+    found.learn("add", None, 10 * MIB, hidden=200 * MIB)
+    assert found.estimate("add", None).reserved == mib(210)
+    found.learn("add", None, 10 * MIB, hidden=90 * MIB)
+    assert found.estimate("add", None).reserved == found.estimate("add", None).most == mib(100)
+    found.learn("add", None, 10 * MIB, hidden=500 * MIB)
+    assert found.estimate("add", None).reserved == mib(100)
+    assert not found.dump()
+    found.learn("add", None, 30 * MIB)
+    assert found.estimate("add", None).reserved == found.estimate("add", None).most == mib(30)
+    found.learn("add", None, 10 * MIB, hidden=500 * MIB)
+    assert found.estimate("add", None).most == mib(30)
+
+
+def test_what_a_task_without_needs_leaves_unseen_is_little():
+    """One that is known to need little does so also where a child has much that it could have used."""
+    found = Reservations()
+    found.learn("add", None, 0)
+    found.learn("add", None, 0, hidden=500 * MIB)
+    assert found.estimate("add", None).reserved == LITTLE_BYTES
+
+
 def test_one_that_never_needed_much_needs_little():
     """All the same, as small peaks are mostly noise."""
     found = Reservations()

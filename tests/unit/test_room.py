@@ -48,6 +48,15 @@ def test_memory_is_set_aside_from_begin_to_end(room):
     assert room.free == 1000
 
 
+def test_what_its_child_had_free_is_not_set_aside_once_more(room):
+    """It counts as used already; what is left over is no one else's."""
+    first, second = task(300), task(100)
+    room.begin(first)
+    room.begin(second)
+    room.look(Look(1.0, 500, [Seen(first, 50, free=200), Seen(second, 0, free=400)]))
+    assert room.running == {first: 50, second: 0}
+
+
 def test_what_a_task_has_taken_is_not_counted_twice(room):
     """It is in what is used; only the rest of its reservation is set aside."""
     first = task(300)
