@@ -78,13 +78,15 @@ class Forkserver:
             self._adoption.close()
         except OSError as exc:
             if not scarcity.is_shortage(exc):
-                return self.owner.fall_back(
+                self.owner.fall_back(
                     f"The forkserver can not be used here ({exc}): children start by spawn instead.", []
                 )
+                return
         try:
-            return self._begin()
+            self._begin()
         except OSError as exc:
-            return self._on_no_start(exc)  # the first task that waits tries again
+            if self._sock is None:  # else it could not be told that it is safe, which it finds out itself
+                self._on_no_start(exc)  # the first task that waits tries again
 
     def _begin(self) -> None:
         threads = [
