@@ -346,6 +346,10 @@ class Machine:
         """
         self._gone(child, begun=begun)
 
+    def refuse(self, child: SimulatedChild) -> None:
+        """Let a start fail as there is no room for one more process."""
+        self._gone(child, shortage="no room")
+
     def renew(self) -> None:
         """Have all children replaced."""
         for child in self.fleet.children:
@@ -474,7 +478,14 @@ class Machine:
         self.fleet.move(child, "leaving")
         self._unwatch(child)
 
-    def _gone(self, child: SimulatedChild, memory: str | None = None, *, begun: bool = True) -> None:
+    def _gone(
+        self,
+        child: SimulatedChild,
+        memory: str | None = None,
+        *,
+        begun: bool = True,
+        shortage: str | None = None,
+    ) -> None:
         if child.state == "gone":
             return
         failed = child.state == "starting"
@@ -495,7 +506,7 @@ class Machine:
                 self._finish(run.work, "failed")
             else:
                 self._on_memory_lost(run.work, grown)
-        self._decide(events.Gone(failed, child.born, child, no_memory=failed and memory is not None))
+        self._decide(events.Gone(failed, child.born, child, failed and memory is not None, shortage))
 
     # -- tasks
 

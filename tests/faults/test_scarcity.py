@@ -125,6 +125,22 @@ def test_few_descriptors_from_the_beginning(start_worker, start_method):
     assert worker.stop() == 0
 
 
+def test_descriptors_of_the_forkserver(start_worker):
+    """It has no number for the socket of a child: that is said, and tried again."""
+    worker = start_worker("faulty", start_method="forkserver")
+    worker.run("proj.add", 1, 2)
+    forkserver = worker.stats()["pool"]["memsafe"]["forkserver"]
+    taken = processes.descriptors(forkserver)
+    lowest_free = next(number for number in range(len(taken) + 1) if number not in taken)
+    before = limit(forkserver, resource.RLIMIT_NOFILE, lowest_free)
+    processes.kill(*worker.children())
+    result = worker.call("proj.add", 3, 4)
+    worker.wait_for_log(NO_ROOM + ".*Too many open files")
+    limit(forkserver, resource.RLIMIT_NOFILE, before)
+    assert worker.get(result) == 7
+    assert worker.stop() == 0
+
+
 @pytest.fixture
 def few_processes(outlasting):
     """A cgroup that limits how many processes and threads there are in it."""
@@ -154,6 +170,18 @@ def test_room_for_few_children(start_worker, start_method, few_processes):
     for result in held:
         worker.get(result)
     assert lines(worker, NO_ROOM) == 1
+    assert worker.stop() == 0
+
+
+def test_no_room_from_the_beginning(start_worker, few_processes):
+    """Not even for a thread or the forkserver: the worker is there, and runs tasks when there is room."""
+    few_processes.write("pids.max", 1)
+    worker = start_worker("faulty", prepare=few_processes.hold)
+    assert lines(worker, "Running tasks are not paused while no thread watches memory") == 1
+    result = worker.call("proj.add", 1, 2)
+    worker.wait_for_log(NO_ROOM)
+    few_processes.write("pids.max", "max")
+    assert worker.get(result) == 3
     assert worker.stop() == 0
 
 

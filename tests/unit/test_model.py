@@ -362,6 +362,14 @@ class Model(RuleBasedStateMachine):
             child = next(child for child in self.machine.fleet.children if child.state == "starting")
             self.crash(child)
 
+    @precondition(lambda self: self.machine.fleet.starting and not self.machine.supervisor._short_rounds)
+    @rule()
+    def a_child_is_refused(self):
+        """The system has no room for one more process."""
+        starting = [child for child in self.machine.fleet.children if child.state == "starting"]
+        self.machine.refuse(starting[-1])
+        self.machine.check()
+
     @precondition(lambda self: self.machine.fleet.size > self.machine.fleet.starting)
     @rule(data=st.data())
     def a_child_ends_by_itself(self, data):
