@@ -64,8 +64,8 @@ class KernelKills:
         self._cgroup, self._counted = reading.cgroup, reading.oom_kills or 0
         self._children, self._describe = children, describe
         self._ticks = 0
-        # Of each kill that nobody has claimed: when it was noticed, and whom it may have hit.
-        self._unclaimed: deque[tuple[int, list[str]]] = deque()
+        # Of each kill that nobody has claimed: when it was noticed, and what tasks had started then.
+        self._unclaimed: deque[tuple[int, dict[int, str]]] = deque()
         self._programs: dict[int, str] = {}
         self._machine_used: deque[int] = deque(maxlen=KILL_TICKS)
         self._rose = False
@@ -92,7 +92,8 @@ class KernelKills:
         self._ticks += 1
         while self._unclaimed and self._ticks - self._unclaimed[0][0] > KILL_TICKS:
             self._untold += 1
-            self._suspects |= dict.fromkeys(self._unclaimed.popleft()[1])
+            # Not when it is noticed: the kernel counts it first, and a process may take seconds to go.
+            self._suspects |= dict.fromkeys(_gone(self._unclaimed.popleft()[1]).values())
         if self._untold and now - self._said_at >= QUIET_SECONDS:
             self._said_at = now
             self._say(reading)
@@ -117,7 +118,8 @@ class KernelKills:
             self._cgroup, self._counted = reading.cgroup, counted
             self._unclaimed.clear()
         if counted > self._counted:
-            gone = [text for pid, text in self._programs.items() if _has_ended(pid)]
+            # If some have gone by now, it is one of those.
+            gone = _gone(self._programs) or self._programs
             self._unclaimed.extend([(self._ticks, gone)] * (counted - self._counted))
             self._rose = True
         self._counted = counted
@@ -171,9 +173,14 @@ def _programs(child: Child, now: float) -> dict[int, str]:
     return found
 
 
-def _has_ended(pid: int) -> bool:
-    state = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[:1]
-    return state in ([], [b"Z"], [b"X"])
+def _gone(programs: dict[int, str]) -> dict[int, str]:
+    """Return those that have ended."""
+    found = {}
+    for pid, text in programs.items():
+        state = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[:1]
+        if state in ([], [b"Z"], [b"X"]):
+            found[pid] = text
+    return found
 
 
 def _read(path: str) -> bytes:

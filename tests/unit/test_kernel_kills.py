@@ -16,6 +16,7 @@ class Account:
 
     def __init__(self, monkeypatch, caplog, folder):
         self.folder, self.log, self.now, self.count, self.cgroup = folder, caplog, 1000.0, 5, str(folder)
+        self.forkserver = None
         monkeypatch.setattr(kernel_kills.time, "monotonic", lambda: self.now)
         self.kills = KernelKills(self.reading(), list, lambda: "So it is.")
 
@@ -23,7 +24,7 @@ class Account:
         source = str(self.folder / "memory.limit_in_bytes")
         charged = str(self.folder / "memory.usage_in_bytes")
         levels = (
-            Level(400 * MIB, "max", source, 100 * MIB, charged, charged),
+            Level(400 * MIB, "max", source, 100 * MIB, charged, charged_file=charged),
             Level(4096 * MIB, "physical", "physical memory", 1000 * MIB, "meminfo"),
         )
         return Reading(
@@ -39,7 +40,7 @@ class Account:
         self.log.clear()
         for _ in range(times):
             self.now += seconds
-            self.kills.tick(self.reading(), None)
+            self.kills.tick(self.reading(), self.forkserver)
         return [record.getMessage() for record in self.log.records]
 
 
@@ -69,6 +70,22 @@ def test_a_child_may_take_some_ticks_to_end(account):
         "more is not known. So it is."
     )
     assert not account.claim()
+
+
+def test_who_takes_time_to_end(account, monkeypatch):
+    """The kernel counts a kill before its victim has gone: that is looked for again when it is said."""
+    account.forkserver = 4240
+    account.tick()
+    living = {4240}
+    monkeypatch.setattr(
+        kernel_kills, "_gone", lambda those: {pid: text for pid, text in those.items() if pid not in living}
+    )
+    account.count += 1
+    assert not account.tick()
+    living.clear()
+    account.forkserver = 4250
+    [line] = account.tick(KILL_TICKS)
+    assert "it may have been the forkserver (pid 4240). So it is." in line
 
 
 def test_many_kills_are_few_lines(account):
