@@ -25,7 +25,7 @@ from packages import Missing, Packages, unpack
 #: The exit status when no tests could be run.
 CANNOT = 3
 
-#: Seconds to boot, and to shut down.
+#: Seconds to boot, for the last test to end, and to shut down.
 BOOT = 120
 
 _PR_SET_PDEATHSIG = 1
