@@ -67,6 +67,9 @@ class Listener(Protocol):
     def on_hopeless(self, reason: str) -> None:
         """Act on it that no child can be started, now or later."""
 
+    def on_fall_back(self) -> None:
+        """Act on it that children are fresh interpreters from now on."""
+
 
 class Crew:
     """All children.
@@ -181,6 +184,7 @@ class Crew:
         logger.warning("%s", why)
         self._former.append(self.start_method)
         self.start_method = Spawn(self, self._origin)
+        self._listener.on_fall_back()
         for child, sock in waiting:
             if child.state is not State.STARTING:
                 sock.close()

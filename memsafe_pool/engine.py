@@ -593,6 +593,12 @@ class Engine:
         logger.critical("Stopping the worker: %s.", reason)
         upstream.stop_worker(os.EX_SOFTWARE)
 
+    def on_fall_back(self) -> None:
+        """Expect a child to take what the worker takes, as with spawn, and say what fits now."""
+        account = self._account()
+        self.steward.learn_start(account.worker)
+        self.steward.announce(account.total, self.supervisor.bound, again=True)
+
     def _on_job_left(self, child: Child, job: Job, exitcode: int | None, *, by_kernel: bool) -> None:
         """Settle a job whose child has ended."""
         job.child = None

@@ -1,6 +1,6 @@
-"""The forkserver: one thread, the app imported, forks a child on request.
+"""The forkserver: the app imported, no other thread that runs Python code, forks a child on request.
 
-It begins in one of two ways: forked from the worker while that has one thread
+It begins in one of two ways: forked from the worker while no other thread runs Python code there
 (``begin_as_fork``), or as a fresh interpreter that imports the app (see ``fresh``). Either
 way it ends in :func:`serve`.
 
@@ -28,12 +28,14 @@ worker.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import gc
 import os
 import pickle
 import posix
+import re
 import resource
 import signal
 import socket
@@ -43,8 +45,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from celery.utils.imports import import_from_cwd
@@ -63,14 +67,16 @@ __all__ = [
     "Role",
     "begin_as_fork",
     "cut_off",
+    "fork_works",
     "is_descendant",
+    "native_threads",
     "open_descriptors",
     "preload",
+    "python_threads",
     "send_failure",
     "serve",
     "settle",
-    "settled_thread_count",
-    "thread_count",
+    "thread_ids",
 ]
 
 #: Kinds of messages from the forkserver: ``(kind, ...)``.
@@ -90,8 +96,11 @@ _MARK = 1 << 30
 #: Where nothing lists open descriptors, so many numbers are tried: 1 ms.
 _MOST_TRIED = 4096
 
-#: Seconds that a thread which was joined may take to leave.
-_JOIN_SECONDS = 0.5
+#: Seconds that a process forked for a trial may take; it takes 3 to 20 ms.
+_TRIAL_SECONDS = 5.0
+
+#: Names of threads of libraries that no child can use once they run: those of polars do all its work.
+_DEAF_TO_FORK = re.compile(r"polars-\d")
 
 #: Largest message in bytes; texts are cut to fit.
 MAX_MESSAGE_BYTES = 65536
@@ -136,7 +145,9 @@ def begin_as_fork(
         gc.freeze()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # see fork_works
+        pid = os.fork()
     if pid:
         return pid
     try:
@@ -152,13 +163,18 @@ def begin_as_fork(
 
 
 def serve(
-    app: Any, role: Role, sock: socket.socket, *, fresh: bool, blame: Callable[[], str] | None = None
+    app: Any,
+    role: Role,
+    sock: socket.socket,
+    *,
+    fresh: bool,
+    blame: Callable[[Collection[int]], str] | None = None,
 ) -> NoReturn:
     """Prepare the app, then fork children until the worker closes the socket.
 
     Arguments:
         fresh: Whether this process is a new interpreter.
-        blame: Says which imports have started threads.
+        blame: Says which imports have started threads of these kernel ids.
     """
     sock.setblocking(True)  # whatever socket.setdefaulttimeout() says
     # A handler of the app's is not for midwives: children have it again.
@@ -176,12 +192,12 @@ def serve(
         with contextlib.suppress(OSError):  # not with this C library
             # So that free heap which a child takes into use is new to it, and no page to copy.
             native.release_heap()
-        threads = settled_thread_count()
+        why = _reason_not_to_fork(blame)
     except BaseException:  # noqa: BLE001 - the worker logs it and decides
         send_failure(sock)
         os._exit(1)
-    if threads > 1:
-        _send(sock, REFUSED, _describe_threads(threads, blame))
+    if why:
+        _send(sock, REFUSED, why)
         os._exit(1)
     _send(sock, READY, os.getpid())
     _Server(app, role.terms, sock, on_child_end).run()
@@ -368,39 +384,93 @@ def _is_log(fd: int) -> bool:
     return stat.S_ISREG(os.fstat(fd).st_mode) and bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND)
 
 
-def settled_thread_count() -> int:
-    """Return how many threads this process has that a fork would lose.
+def python_threads() -> list[tuple[str, int]]:
+    """Return name and kernel id (0: unknown) of each other thread that runs Python code."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    # Those that `threading` did not start, too. By frame: gevent has get_ident() tell greenlets.
+    frames, ours = sys._current_frames(), sys._getframe()  # noqa: SLF001 - there is no other way
+    known = {thread.ident for thread in others}
+    unknown = [ident for ident, frame in frames.items() if frame is not ours and ident not in known]
+    return [
+        *((thread.name, thread.native_id or 0) for thread in others),
+        *((f"thread {ident:#x}", 0) for ident in unknown),
+    ]
 
-    Libraries that are made for fork, such as OpenBLAS, end their threads before one and
-    start them again when needed; so a process is forked that exits at once, and the threads are
-    counted after that. Linux only; elsewhere Python's own threads are counted.
+
+def thread_ids() -> set[int]:
+    """Return kernel ids of all threads of this process; none where there is no /proc."""
+    with contextlib.suppress(FileNotFoundError):
+        return set(map(int, os.listdir("/proc/self/task")))
+    return set()
+
+
+def native_threads() -> dict[int, str]:
+    """Return kernel ids and names of this process's threads that Python does not know."""
+    known = {thread.native_id for thread in threading.enumerate()} | {threading.get_native_id()}
+    found = {}
+    for tid in thread_ids():
+        if tid not in known:
+            with contextlib.suppress(OSError):  # it has just ended
+                found[tid] = (
+                    Path(f"/proc/self/task/{tid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+                )
+    return found
+
+
+def fork_works() -> bool:
+    """Whether a process forked now can allocate memory, use OpenMP, and end.
+
+    It cannot if another thread holds a lock that the C library, an allocator, or a handler which runs at
+    each fork needs, nor if GNU OpenMP or polars has been used here. What is stuck is killed after 5 s.
     """
-    if thread_count() == 1 or sys.platform != "linux":
-        return thread_count()
-    pid = os.fork()
+    if any(map(_DEAF_TO_FORK.match, native_threads().values())):
+        return False
+    with warnings.catch_warnings():
+        # Python 3.12 and later warn of each fork beside other threads: that is what is tried here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            pid = os.fork()
+        except OSError:
+            return True  # nothing was tried; what the system refuses is said when it matters
     if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    # A joined thread leaves /proc a moment after the join has returned.
-    deadline = time.monotonic() + _JOIN_SECONDS
-    while (count := thread_count()) > 1 and time.monotonic() < deadline:
+        try:
+            for power in range(4, 26):  # from the allocator's smallest blocks to mapped ones
+                bytearray(1 << power)
+            _use_openmp()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + _TRIAL_SECONDS
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status == 0
         time.sleep(0.001)
-    return count
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False
 
 
-def thread_count() -> int:
-    """Return how many threads the kernel sees in this process; Python's own where it can not say."""
-    try:
-        return len(os.listdir("/proc/self/task"))
-    except FileNotFoundError:  # not Linux, or no /proc
-        return threading.active_count()
+def _use_openmp() -> None:
+    """Run nothing in parallel: GNU OpenMP waits for ever if its threads have not come along."""
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        # Each wheel (scikit-learn, xgboost, torch) brings its own.
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/libgomp" in line}
+    for path in paths:
+        nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
+        ctypes.CDLL(path).GOMP_parallel(nothing, None, 2, 0)
 
 
-def _describe_threads(count: int, blame: Callable[[], str] | None) -> str:
-    names = [repr(thread.name) for thread in threading.enumerate() if thread is not threading.main_thread()]
-    text = f"{count - 1} thread(s) run besides the main one"
-    if names:
-        text += f" ({', '.join(names)})"
-    if blame is not None and (culprits := blame()):
+def _reason_not_to_fork(blame: Callable[[Collection[int]], str] | None) -> str:
+    """Return why this process must not fork children; nothing if it may."""
+    if threads := python_threads():
+        tids = {tid for _, tid in threads if tid}
+        text = f"other threads run Python code here ({', '.join(name for name, _ in threads)})"
+    elif (natives := native_threads()) and not fork_works():
+        tids = set(natives)
+        text = f"a process forked beside threads of libraries ({', '.join(natives.values())}) was stuck"
+    else:
+        return ""
+    if blame is not None and (culprits := blame(tids)):
         text += f", started by the import of {culprits}"
     return text

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import machinery
 from multiprocessing import spawn
@@ -231,7 +231,7 @@ class _ImportWatch:
     _LOADERS = (machinery.SourceFileLoader, machinery.SourcelessFileLoader, machinery.ExtensionFileLoader)
 
     def __init__(self) -> None:
-        self._culprits: dict[str, int] = {}
+        self._starters: dict[int, str] = {}
 
     def __enter__(self) -> None:
         for loader in self._LOADERS:
@@ -242,22 +242,20 @@ class _ImportWatch:
             original = loader.exec_module.original  # type: ignore[attr-defined]
             loader.exec_module = original  # type: ignore[method-assign]
 
-    def blame(self) -> str:
-        """Return the names of the modules, the one that started most threads first."""
-        return ", ".join(sorted(self._culprits, key=lambda name: -self._culprits[name]))
+    def blame(self, tids: Collection[int]) -> str:
+        """Return the names of the modules that started these threads; all where none is given."""
+        starters = self._starters.items()
+        return ", ".join(dict.fromkeys(name for tid, name in starters if not tids or tid in tids))
 
     def _watched(self, exec_module: Callable[..., None]) -> Callable[..., None]:
         def watched(loader: Any, module: ModuleType) -> None:
-            known_before = sum(self._culprits.values())
-            count_before = forkserver.thread_count()
+            before = forkserver.thread_ids()
             try:
                 exec_module(loader, module)
             finally:
                 # What modules imported by this one have started is theirs, not its.
-                known = sum(self._culprits.values()) - known_before
-                started = forkserver.thread_count() - count_before - known
-                if started > 0:
-                    self._culprits[module.__name__] = started
+                for tid in forkserver.thread_ids() - before:
+                    self._starters.setdefault(tid, module.__name__)
 
         watched.original = exec_module  # type: ignore[attr-defined]
         return watched

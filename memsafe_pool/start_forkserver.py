@@ -19,7 +19,6 @@ import os
 import pickle
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -89,9 +88,7 @@ class Forkserver:
                 self._on_no_start(exc)  # the first task that waits tries again
 
     def _begin(self) -> None:
-        threads = [
-            thread.name for thread in threading.enumerate() if thread is not threading.current_thread()
-        ]
+        threads = forkserver.python_threads()
         can_be_fresh = self.origin.app_name is not None
         # Beside threads only for what nobody can make again; prefork forks beside them, too, for each child.
         keep = bool(upstream.start_handlers(self.origin.terms.hostname))
@@ -101,15 +98,19 @@ class Forkserver:
             logger.warning(
                 "The forkserver is forked from a process with other threads (%s), because a fresh "
                 "interpreter could not import the app: it is no module's attribute.",
-                ", ".join(threads),
+                ", ".join(name for name, _ in threads),
             )
-        self._begin_as_fork()
-        if can_be_fresh and not keep and forkserver.settled_thread_count() > 1:
-            logger.info("The forkserver begins as a fresh interpreter: a library has started threads here.")
-            self._part()
-            self._by_fork = False
-            self._begin_fresh()
-        return None
+        natives = forkserver.native_threads()
+        if can_be_fresh and natives and not forkserver.fork_works():
+            logger.warning(
+                "The forkserver begins as a fresh interpreter: a process forked from the worker, beside "
+                "threads of libraries (%s), was stuck.",
+                ", ".join(natives.values()),
+            )
+            return self._begin_fresh()
+        if natives:
+            logger.debug("Forking beside threads of libraries: %s", ", ".join(natives.values()))
+        return self._begin_as_fork()
 
     def renew(self) -> None:
         """Replace the process, so that children have the code that the worker has by now."""
@@ -319,8 +320,9 @@ class Forkserver:
         self._part()
         waiting, self._waiting = list(self._waiting), deque()
         self.owner.fall_back(
-            f"The forkserver must not fork: {why}. Children start by spawn instead, which costs more memory; "
-            "start such threads from a worker_process_init handler, or set memsafe_start_method='spawn'.",
+            f"The forkserver must not fork: {why}. Children start by spawn instead, which costs more memory. "
+            "Start such threads, or first use the library that has them, in a worker_process_init handler or "
+            "in tasks; or set memsafe_start_method='spawn'.",
             waiting,
         )
 

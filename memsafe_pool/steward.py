@@ -112,7 +112,7 @@ class Steward:
         self.shared = False
         self._fleet, self._waiting = fleet, waiting
         self._neighbours = Neighbours(key(reading), on_warning=_warn)
-        self._announced = False
+        self._announced: set[str] = set()
         self._base_bytes = self._sized = 0
         self._saved_at = time.monotonic()
 
@@ -126,12 +126,11 @@ class Steward:
         """What the pool has, but for what running tasks have taken."""
         return self._base_bytes + sum(child.private_bytes for child in list(self._fleet.children))
 
-    def announce(self, worker_bytes: int, bound: int) -> None:
-        """Say once what there is, and what would defeat us."""
+    def announce(self, worker_bytes: int, bound: int, *, again: bool = False) -> None:
+        """Say what there is, and what would defeat us: once, or ``again`` with other numbers."""
         self._base_bytes = worker_bytes
-        if self._announced:
+        if self._announced and not again:
             return
-        self._announced = True
         reading = self.gauge.reading
         line, warnings = announce.lines(
             reading,
@@ -141,7 +140,8 @@ class Steward:
             child_bytes=self.room.child_bytes,
             bound=bound,
         )
-        announce.say(line, warnings)
+        announce.say(line, [text for text in warnings if text not in self._announced])
+        self._announced |= {line, *warnings}
 
     # -- now and then
 

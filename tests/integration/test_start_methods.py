@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
 from harness import processes
+from harness.worker import POOL, PROJECTS
 
 pytestmark = pytest.mark.ours_only("start methods")
+
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler")
 
 
 def meet(worker, number, module="witness"):
@@ -110,11 +116,90 @@ def test_an_import_that_starts_a_thread(start_worker, module):
     assert pool(worker)["forkserver"] is None
     assert all(place["imported_by"] == place["pid"] for place in places)
     line = worker.wait_for_log(r"\[.*: WARNING/MainProcess\] The forkserver must not fork: .*").group()
-    assert "'background'" in line
-    assert "started by the import of starts_thread" in line
+    assert "other threads run Python code here (background), started by the import of starts_thread" in line
     assert "children start by spawn" in line.lower()
     assert worker.log().count("must not fork") == 1
     worker.until(lambda: not processes.zombies(worker.pid), "the forkserver to be reaped")
+
+
+def test_what_fits_is_said_anew_when_children_cost_more(start_worker):
+    """After the fall back to spawn a child takes as much as the worker, not what a fork of it takes."""
+    worker = start_worker("threaded")
+    said = r"Memory: .* a child about (\d+) MiB: room for (\d+) children"
+    first, then = (worker.wait_for_log(said, count=number).groups() for number in (1, 2))
+    assert int(then[0]) > 2 * int(first[0])
+    assert int(then[1]) < int(first[1]) / 2
+    assert int(then[0]) == pytest.approx(pool(worker)["memory"]["child"] / 2**20, abs=1)
+    meet(worker, 2)
+    assert worker.log().count(" a child about ") == 2
+
+
+@pytest.fixture
+def library(tmp_path):
+    """Build a library that starts a thread when it is loaded, and have ``native_thread`` load it."""
+
+    def build(*flags):
+        file = tmp_path / "library.so"
+        source = PROJECTS / "native_thread.c"
+        compiler = os.environ.get("CC", "cc")
+        subprocess.run([compiler, "-shared", "-fPIC", "-pthread", *flags, source, "-o", file], check=True)
+        return {"TEST_LIBRARY": str(file)}
+
+    return build
+
+
+def threads(pid):
+    """Kernel names of the threads of a process."""
+    return [(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()]
+
+
+@needs_compiler
+@pytest.mark.parametrize("env", [{}, {"MEMSAFE_CHILD_ENV": "A=1"}], ids=["early", "fresh"])
+def test_a_library_s_own_thread_does_not_keep_from_forking(start_worker, library, env):
+    """Prefork forks beside it: so does the worker, and so does a forkserver that has imported the app."""
+    worker = start_worker("native_thread", concurrency=3, env={**library(), **env})
+    places = meet(worker, 3)
+    forkserver = pool(worker)["forkserver"]
+    assert "library_thd" in threads(worker.pid)
+    assert importers(worker) == ([worker.pid, forkserver] if env else [worker.pid])
+    assert {place["imported_by"] for place in places} == {forkserver if env else worker.pid}
+    assert ("library_thd" in threads(forkserver)) == bool(env)
+    results = [worker.call("native_thread.answer") for _ in range(6)]
+    assert [worker.get(result) for result in results] == 6 * [42]
+
+
+@needs_compiler
+@pytest.mark.parametrize("flag", ["-DHOG", "-fopenmp"], ids=["lock", "openmp"])
+def test_a_library_that_must_not_be_forked_beside(start_worker, library, flag):
+    """A lock that each fork needs is held, or OpenMP was used: a process forked for trial is stuck."""
+    worker = start_worker("native_thread", env=library(flag))
+    places = meet(worker, 2)
+    assert all(place["imported_by"] == place["pid"] for place in places)
+    assert pool(worker)["start_method"] == "spawn"
+    if flag == "-fopenmp":
+        assert worker.run("native_thread.answer") == 42
+    name = "library_thd" if flag == "-DHOG" else r"\w+"
+    worker.wait_for_log(
+        r"WARNING/MainProcess\] The forkserver begins as a fresh interpreter: a process forked from the "
+        rf"worker, beside threads of libraries \({name}\), was stuck\."
+    )
+    worker.wait_for_log(
+        r"WARNING/MainProcess\] The forkserver must not fork: a process forked beside threads of libraries "
+        rf"\({name}\) was stuck, started by the import of native_thread\. Children start by spawn"
+    )
+
+
+@pytest.mark.parametrize("env", [{}, {"MEMSAFE_CHILD_ENV": "A=1"}], ids=["early", "fresh"])
+def test_pandas_with_pyarrow_is_forked(start_worker, env):
+    """Its allocator has a thread, and stops it for a fork; the pool is named in the configuration alone."""
+    worker = start_worker(
+        "columns", "--max-tasks-per-child", "1", pool=None, config={"worker_pool": POOL}, env=env
+    )
+    assert "jemalloc_bg_thd" in threads(worker.pid)
+    results = [worker.call("columns.total", 20_000) for _ in range(12)]
+    assert len({worker.get(result) for result in results}) == 12
+    assert pool(worker)["start_method"] == "forkserver"
+    assert len(importers(worker)) == (2 if env else 1)
 
 
 def test_numpy_does_not_keep_from_forking(start_worker):
