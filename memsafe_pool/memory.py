@@ -51,6 +51,9 @@ __all__ = [
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
+#: What would be free if a process ended. Clean private pages are those of files.
+_PRIVATE = b"Private_Dirty:", b"Private_Hugetlb:"
+
 #: More than ``/proc/<pid>/statm`` has.
 STATM_BYTES = 256
 
@@ -174,17 +177,17 @@ def anonymous_bytes(pid: Pid = "self") -> int:
 def private_bytes(pid: Pid = "self") -> int:
     """Return the memory in bytes that would be free if the process ended now.
 
-    It is the sum of the ``Private_`` lines of ``smaps_rollup`` on Linux (0.65 ms for
-    50 MB, 5 ms for 400 MB), psutil's USS elsewhere.
+    On Linux it is ``Private_Dirty`` and ``Private_Hugetlb`` of ``smaps_rollup`` (0.65 ms for
+    50 MB, 5 ms for 400 MB): pages of a file that nobody else has mapped, ``Private_Clean``, stay
+    in the cache when it ends, and are room before that. Elsewhere psutil's USS.
 
     Raises:
         OSError: There is no such process, or it may not be read.
     """
     if sys.platform == "linux":
         with open(f"/proc/{pid}/smaps_rollup", "rb", buffering=0) as file:
-            return 1024 * sum(
-                int(line.split()[1]) for line in file.read().splitlines() if line.startswith(b"Private_")
-            )
+            lines = file.read().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(_PRIVATE))
     with _psutil_process(pid) as found:
         return int(found.memory_full_info().uss)
 
