@@ -155,7 +155,7 @@ def _may_be_reached(level: Level) -> bool:
 
 
 def _programs(child: Child, now: float) -> dict[int, str]:
-    """Return the processes that a child's task has started, by pid, in words. 15 us if there are none."""
+    """Return the processes that a child's task has started, by pid, in words. 40 us if there are none."""
     job = child.job
     if job is None or job.accepted_at is None or now - job.accepted_at < LOOK_AT_SECONDS:
         return {}
