@@ -71,6 +71,9 @@ WAITING_SHARE = 1 / 8
 #: One message may come for each so many bytes of the budget when nothing is known of their sizes.
 UNKNOWN_BYTES = 128 << 20
 
+#: The broker can be told no higher number.
+MOST_MESSAGES = 65535
+
 #: What is left of the largest size with each message that is smaller: half of it after 44.
 FADING = 63 / 64
 
@@ -167,16 +170,15 @@ class Window:
         budget: Returns what the pool may use (bytes).
 
     Attributes:
-        count: How many messages may wait; infinite where that is as many as Celery likes.
+        count: How many messages may wait.
         message_bytes: What a message takes, by the largest of the last ones.
     """
 
-    def __init__(self, budget: Callable[[], float]) -> None:
+    def __init__(self, budget: Callable[[], int]) -> None:
         self.message_bytes = 0.0
         self._budget = budget
         self._arrived = self._lately = 0
-        self._opened = 1.0
-        self.count = 1.0
+        self._opened = self.count = 1
         self.close()
 
     def close(self) -> None:
@@ -186,7 +188,7 @@ class Window:
         self._reckon()
 
     @property
-    def _first(self) -> float:
+    def _first(self) -> int:
         return max(self._budget() // UNKNOWN_BYTES, 1)
 
     @property
@@ -221,7 +223,7 @@ class Window:
         fitting = self._budget() * WAITING_SHARE
         if self.message_bytes * self._opened > fitting:
             # In powers of two: each other number is one more message to the broker.
-            self.count = 2.0 ** max(math.floor(math.log2(fitting / self.message_bytes)), 0)
+            self.count = 1 << max(math.floor(math.log2(fitting / self.message_bytes)), 0)
 
 
 class Prefetch:
@@ -242,7 +244,7 @@ class Prefetch:
         self,
         waiting: Iterable[AnyJob],
         drop: Callable[[AnyJob], None],
-        budget: Callable[[], float] = lambda: math.inf,
+        budget: Callable[[], int] = lambda: 1 << 60,
     ) -> None:
         self.obstacle = ""
         self.given_back = 0
@@ -254,6 +256,7 @@ class Prefetch:
         self._consumer: Any = None
         self._tell: Callable[..., Any] = lambda **_: None
         self._told = self._own = math.inf
+        self._enough: float = 0
         self._outdated = False
         task_received.connect(self._on_received)
 
@@ -319,7 +322,7 @@ class Prefetch:
             return
         window = self._window
         window.arrive(upstream.message_size(request))
-        if self._told < self._own or window.count < self._own:
+        if self._told < self._own or window.count < self._enough:
             self._compare()
 
     # -- what the broker is told
@@ -332,11 +335,14 @@ class Prefetch:
     def _bound(self, count: int) -> float:
         """Return what to tell the broker where Celery says ``count``."""
         celerys = self._own = count or math.inf
+        # Beyond that it is for tasks with an ETA, which are many perhaps, and need not be counted then.
+        self._enough = min(self._consumer.max_prefetch_count or math.inf, MOST_MESSAGES)
         allowed = 1 if self._hold.bounded else self._window.count
-        if allowed >= celerys:
+        if allowed >= self._enough:
             return celerys
         waiting = {id(request) for _, request in self._waiting_requests()}
-        return min(celerys, upstream.count_kept(self._consumer, waiting) + allowed)
+        bound = upstream.count_kept(self._consumer, waiting) + allowed
+        return celerys if bound > MOST_MESSAGES else min(celerys, bound)
 
     def _send(self, prefetch_count: int) -> None:
         """Tell the broker; called by Celery's loop, in between its rounds."""
@@ -354,7 +360,7 @@ class Prefetch:
 
     def _say_large(self, prefetch_count: int) -> None:
         window = self._window
-        if window.is_narrow and not self._said_large and window.count < self._own:
+        if window.is_narrow and not self._said_large and window.count < self._enough:
             self._said_large = True
             logger.info(
                 "Messages are large, up to %s each in the worker: the broker is to send %d ahead, not %d.",

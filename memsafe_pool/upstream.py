@@ -485,11 +485,9 @@ def _count_scheduled(consumer: Any) -> int:
 
 
 def holds_requests(consumer: Any) -> bool:
-    """Whether the worker has any task: one that runs, waits, has an ETA or waits for a rate limit."""
-    return (
-        bool(worker_state.reserved_requests)
-        or bool(_count_scheduled(consumer))
-        or any(bucket.contents for bucket in consumer.task_buckets.values() if bucket)
+    """Whether the worker has any task that runs, or waits; the time of one with an ETA has not come yet."""
+    return bool(worker_state.reserved_requests) or any(
+        bucket.contents for bucket in consumer.task_buckets.values() if bucket
     )
 
 

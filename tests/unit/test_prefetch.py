@@ -346,7 +346,7 @@ class Worker:
     app = app
     task_buckets = {}  # noqa: RUF012 - nobody writes into it
 
-    def __init__(self, make_channel, concurrency, multiplier, *, semaphore, budget=math.inf):
+    def __init__(self, make_channel, concurrency, multiplier, *, semaphore, budget=1 << 60):
         self.make_channel, self.concurrency, self.multiplier = make_channel, concurrency, multiplier
         self.children = concurrency
         self.now = 1000.0
@@ -362,6 +362,10 @@ class Worker:
         self.connect(concurrency * multiplier)
 
     # -- the consumer
+
+    @property
+    def max_prefetch_count(self):
+        return self.concurrency * self.multiplier
 
     def connect(self, count):
         self.channel = self.make_channel(self, count)
@@ -585,7 +589,7 @@ class Worker:
             return
         assert told <= own
         late = self.now - self.blocked_last >= RELEASE_SECONDS + 2 * TICK_SECONDS
-        if (late or not self.held) and self.prefetch._window.count >= own:
+        if (late or not self.held) and self.prefetch._window.count >= (self.max_prefetch_count or math.inf):
             assert told == own, "Celery's own number does not hold again"
         kept, sent = self.find_kept(), self.channel.unacknowledged
         if self.blocked:
@@ -645,6 +649,21 @@ def test_what_the_broker_does_not_count_is_not_the_one_that_stays(channel, monke
         worker_state.reset_state()
 
 
+@pytest.mark.parametrize("channel", [Channel, RedisChannel])
+def test_no_number_is_higher_than_a_broker_takes(channel):
+    """Where Celery has no limit, there is none when so many have come that the next would be too high."""
+    worker = Worker(channel, 1, 0, semaphore=False, budget=300 * MIB)
+    try:
+        assert worker.channel.told == 2
+        for _ in range(2 * prefetch.MOST_MESSAGES):
+            worker.prefetch._window.arrive(0)
+        worker.prefetch.tick()
+        worker.turn()
+        assert worker.channel.told == 0
+    finally:
+        worker_state.reset_state()
+
+
 class Model(RuleBasedStateMachine):
     """Drives the worker through whatever can happen."""
 
@@ -654,7 +673,7 @@ class Model(RuleBasedStateMachine):
         multiplier=st.sampled_from([4, 1, 2, 0]),
         semaphore=st.booleans(),
         at_once=st.sampled_from([100, 3]),
-        budget=st.sampled_from([math.inf, 300 * MIB]),
+        budget=st.sampled_from([1 << 60, 300 * MIB]),
     )
     def begin(self, channel, concurrency, multiplier, *, semaphore, at_once, budget):
         worker = self.worker = Worker(channel, concurrency, multiplier, semaphore=semaphore, budget=budget)
