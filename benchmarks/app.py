@@ -3,6 +3,7 @@
 What else it does at import is chosen by environment variables, so that every worker here runs with `-A app`:
 
     BENCH_BROKER, BENCH_PREFIX   the Redis database and this worker's own key prefix in it
+    BENCH_IMPORTS                modules to import besides, such as pyarrow
     BENCH_MODEL_MB               load a numpy array of that size at import
     BENCH_IMPORT_SECONDS         take that long to import
     BENCH_IMPORT_STYLE           "busy": burn CPU for that long, instead of sleeping
@@ -16,6 +17,7 @@ What else it does at import is chosen by environment variables, so that every wo
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -41,6 +43,9 @@ app.conf.update(
     worker_pool_start_method=os.environ.get("BENCH_START_METHOD", "fork"),
     worker_pool_restarts=bool(os.environ.get("BENCH_POOL_RESTARTS")),
 )
+
+for _module in os.environ.get("BENCH_IMPORTS", "").split():
+    importlib.import_module(_module)
 
 _import_seconds = float(os.environ.get("BENCH_IMPORT_SECONDS", "0"))
 if os.environ.get("BENCH_IMPORT_STYLE") == "busy":
