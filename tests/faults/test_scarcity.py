@@ -257,7 +257,9 @@ def test_disk(start_worker, kind, tally):
         (worker.folder / "sitecustomize.py").write_text(FULL_DISK)
         worker.env["PYTHONPATH"] = os.pathsep.join([str(worker.folder), worker.env["PYTHONPATH"]])
 
-    worker = start_worker("faulty", start_method=kind, prepare=prepare)
+    # With an environment of its own the forkserver is a fresh interpreter each time.
+    config = {"memsafe_child_env": {"A": "1"}}
+    worker = start_worker("faulty", start_method=kind, config=config, prepare=prepare)
     worker.run("faulty.count", tally.path, "before")
     (worker.folder / "full").touch()
     if kind == "forkserver":
