@@ -56,6 +56,8 @@ def command_line(arguments: argparse.Namespace, environment: Path) -> str:
 def qemu(packages: Packages, image: Path, log: Path, arguments: argparse.Namespace) -> list[str]:
     append = [
         *("root=/dev/nvme0n1", "rw", "init=/init", "console=ttyS1", "panic=-1", "psi=1"),
+        # The kernel's trial of the timer fails, with a panic, where the emulator waits for a core meanwhile.
+        "no_timer_check",
         # Each costs much where each instruction is emulated.
         *("mitigations=off", "init_on_alloc=0", "nokaslr", "audit=0", "random.trust_cpu=on"),
     ]
