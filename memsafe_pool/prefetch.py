@@ -177,15 +177,15 @@ class Window:
     def __init__(self, budget: Callable[[], int]) -> None:
         self.message_bytes = 0.0
         self._budget = budget
-        self._arrived = self._lately = 0
+        self._lately = self._missing = 0
         self._opened = self.count = 1
         self.close()
 
     def close(self) -> None:
         """Begin anew, as nothing is known of what comes next."""
-        self._arrived = self._lately = 0
-        self._opened = self._first
-        self._reckon()
+        self._lately = 0
+        self._open(self._first)
+        self._missing = self._opened
 
     @property
     def _first(self) -> int:
@@ -201,12 +201,10 @@ class Window:
         taken = body_bytes * DECODED
         known = self.message_bytes
         self.message_bytes = taken if taken > known else known * FADING
-        self._arrived += 1
+        self._missing -= 1
         self._lately += 1
-        if self._arrived >= self._opened:
-            self._arrived = 0
-            self._opened *= 2
-            self._reckon()
+        if self._missing <= 0:
+            self._open(2 * self._opened)
         elif self.count < self._opened or taken > known:
             self._reckon()
 
@@ -214,9 +212,14 @@ class Window:
         """Take note once a second whether nothing at all is here."""
         lately, self._lately = self._lately, 0
         if idle and lately < self._opened / 4:
-            self._arrived = 0
-            self._opened = max(self._first, 2 * lately)
-            self._reckon()
+            self._open(max(self._first, 2 * lately))
+            self._missing = self._opened
+
+    def _open(self, count: int) -> None:
+        """Let so many wait. As half of them may wait already, it is the other half that opens it further."""
+        self._opened = count
+        self._missing = count // 2
+        self._reckon()
 
     def _reckon(self) -> None:
         self.count = self._opened
