@@ -56,13 +56,14 @@ def close(peak, mib):
     return abs(peak - mib * MIB) <= max(4 * MIB, 0.05 * mib * MIB)
 
 
-def test_each_task_has_its_own_peak(untrimmed):
+def test_each_task_has_its_own_peak(untrimmed, start_method):
     """Large, small, and small after large: what the task itself needed, whatever the child has."""
     for count, mib in enumerate((100, 1, 30, 250, 2), start=1):
         untrimmed.run("proj.peak", mib)
         last = peaks_of(untrimmed, "proj.peak", count)
         assert close(last["last"], mib), (mib, last)
-    assert last["exact"] == 5
+    # A spawned child loads some MiB with its first task: small peaks after it may hide in as much.
+    assert last["exact"] == 5 if start_method == "forkserver" else last["exact"] >= 2
     assert close(last["max"], 250)
     assert close(last["median"], 30)
 
