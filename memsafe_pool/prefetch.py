@@ -326,7 +326,7 @@ class Prefetch:
         window = self._window
         window.arrive(upstream.message_size(request))
         if self._told < self._own or window.count < self._enough:
-            self._compare()
+            self._outdated = True  # perhaps: what it counts as is known when Celery has done with it
 
     # -- what the broker is told
 

@@ -871,3 +871,18 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(max_examples=EXAMPLES, stateful_step_count=30, report_multiple_bugs=False)
+
+
+def test_large_tasks_with_an_eta_let_others_come():
+    """They count at the broker and do not wait in the pool, which is known a moment after they have come."""
+    state = Model()
+    try:
+        state.begin(
+            channel=RedisChannel, concurrency=1, multiplier=0, semaphore=False, at_once=100, budget=300 * MIB
+        )
+        state.tasks_are_sent(late=True, waits=True, number=2, size=8 * MIB)
+        state.tasks_are_sent(late=False, waits=False, number=1, size=10)
+        state.the_pool_is_flushed()
+        state.tasks_are_sent(late=False, waits=False, number=1, size=10)
+    finally:
+        state.teardown()
