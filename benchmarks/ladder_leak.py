@@ -1,7 +1,9 @@
-"""600 MiB: 500 tasks that each keep 2 MB for ever, against the same tasks without the leak in the same pool.
+"""600 MiB: 500 tasks that each keep 2 MB for ever, against prefork where nobody has to be replaced for it.
 
-Each uses the CPU for 20 ms. The times are compared in pairs; the median of the ratios is held to the bound.
-The same of the CPU of the whole tree is for information: all cores are busy, so that it says much the same,
+Each uses the CPU for 20 ms. A task that keeps its memory has page faults that one which gives it back for
+the next task has not, with any pool, so prefork does the same tasks, in 3 GiB; the times are compared in
+pairs, and the median of the ratios is held to the bound. What the same tasks take without the leak is for
+information, and so is the CPU time of the whole tree: all cores are busy, so that it says much the same,
 and what else runs on the machine does not count in it.
 """
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from scenario import Outcome
 
 LIMIT = 600 * MIB
+ROOMY = 3072 * MIB
 TASKS = 500
 CPU_SECONDS = 0.02
 MUST = 1.05
@@ -28,25 +31,35 @@ MUST = 1.05
 @scenario.rows
 def rows(url: str, options: row.Options) -> Iterator[row.Row]:
     """All done, no kernel kill, and not much slower."""
-    pairs: list[tuple[Outcome, Outcome]] = []
+    runs: list[tuple[Outcome, Outcome, Outcome]] = []
     for _ in range(options.repeats(5)):
-        pairs.append((leaking(url, options.ours, False), leaking(url, options.ours, True)))
-        for what, outcome in zip(("nothing", "2 MB each"), pairs[-1], strict=True):
-            measure = f"600 MiB, {TASKS} tasks that keep {what}"
-            yield row.Row(measure, "", str(outcome), must="all done", met=outcome.safe)
+        without, leak = leaking(url, options.ours, LIMIT, keep=False), leaking(url, options.ours, LIMIT)
+        runs.append((without, leak, leaking(url, "prefork", ROOMY)))
+        names = "600 MiB, nothing kept", "600 MiB, 2 MB each kept", "prefork in 3 GiB, 2 MB each kept"
+        for name, outcome in zip(names, runs[-1], strict=True):
+            yield row.Row(f"{TASKS} tasks, {name}", "", str(outcome), must="all done", met=outcome.safe)
     never = float("inf")
-    seconds = [(without.seconds or never, leak.seconds or never) for without, leak in pairs]
-    found = row.paired("time with the leak", seconds, "s", MUST, against="without", digits=1)
-    all_safe = all(outcome.safe for pair in pairs for outcome in pair)
+    seconds = [tuple(outcome.seconds or never for outcome in run) for run in runs]
+    found = row.paired(
+        "time with the leak",
+        [(stock, leak) for _, leak, stock in seconds],
+        "s",
+        MUST,
+        against="prefork in 3 GiB",
+        digits=1,
+    )
+    all_safe = all(outcome.safe for run in runs for outcome in run)
     yield replace(found, met=found.met and all_safe)
     if all_safe:
-        cpu = [(without.cpu_seconds or 0.0, leak.cpu_seconds or 0.0) for without, leak in pairs]
-        yield row.paired("CPU with the leak", cpu, "s", against="without", digits=1)
+        cpu = [(stock.cpu_seconds or 0.0, leak.cpu_seconds or 0.0) for _, leak, stock in runs]
+        yield row.paired("CPU with the leak", cpu, "s", against="prefork in 3 GiB", digits=1)
+        pairs = [(without, leak) for without, leak, _ in seconds]
+        yield row.paired("time with the leak", pairs, "s", against="without it", digits=1)
 
 
-def leaking(url: str, pool: str, keep: bool) -> Outcome:
+def leaking(url: str, pool: str, limit_bytes: int, *, keep: bool = True) -> Outcome:
     """Run the tasks once."""
-    work = Work(LIMIT, [Batch(TASKS, "leak", (2 * MB, CPU_SECONDS, keep))])
+    work = Work(limit_bytes, [Batch(TASKS, "leak", (2 * MB, CPU_SECONDS, keep))])
     return scenario.run(url, pool, scenario.CONCURRENCY, work)
 
 

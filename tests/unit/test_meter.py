@@ -257,6 +257,33 @@ def test_writing_to_what_was_shared_is_seen_soon():
 
 
 @linux_only
+def test_reading_private_memory_is_paid_by_cpu_time():
+    """Many children that share a few cores have much time, and little of the CPU, each."""
+    run("""
+        from memsafe_pool import memory
+        module.START_SECONDS, module.PRIVATE_PRICE = 0, 10
+        cost, readings, real = 0.005, [], memory.private_bytes
+        def private_bytes():
+            end = time.process_time() + cost
+            while time.process_time() < end:
+                pass
+            readings.append(1)
+            return real()
+        memory.private_bytes = private_bytes
+        began = time.process_time()
+        meter = Meter(8 * MIB, None)
+        def touch_and_wait():
+            bytes(2 * MIB)[::4096]
+            time.sleep(0.01)
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            measure(meter, touch_and_wait)
+        used = time.process_time() - began
+        assert 1 <= len(readings) <= 1 + used / (cost * module.PRIVATE_PRICE), (len(readings), used)
+    """)
+
+
+@linux_only
 def test_files_that_go_are_no_peak():
     """A task that unmaps a large file has needed nothing."""
     run("""
