@@ -15,13 +15,16 @@ know that its worker lives. A number that was given to another process since, or
 another pid namespace, matters to nobody.
 
 A worker that is killed leaves its slot, which counts for a second at most, and perhaps the file, of 16 bytes
-for each slot, to the next one. Imports neither Celery nor billiard.
+for each slot. The next worker of this user removes that, whatever its own limit is. Imports neither Celery
+nor billiard.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import glob
 import logging
 import os
 import stat
@@ -29,7 +32,6 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ class Neighbours:
     ) -> None:
         warn = logging.getLogger(__name__).warning
         self._on_warning = on_warning or (lambda text: warn("%s", text))
+        self._key = key
         self.path = os.path.join(folder or _folder(), f"memsafe-pool-{os.geteuid()}-{key}")
         self._clock = clock
         self._warned = False
@@ -119,6 +122,7 @@ class Neighbours:
         #: What was last read of the file; of the others in it their number and the sum.
         self._seen, self._count, self._sum = b"", 0, 0
         self._sweep_at = self._patient_at = float("-inf")
+        self._tidy()
         with self.turn(_JOIN_SECONDS):
             pass
 
@@ -160,7 +164,7 @@ class Neighbours:
                 except OSError as exc:
                     self._give_up(exc)
 
-    @contextmanager
+    @contextlib.contextmanager
     def turn(self, wait: float = WAIT_SECONDS) -> Iterator[int]:
         """Be the only one to reserve; gives what the others have reserved and not used (bytes).
 
@@ -194,6 +198,14 @@ class Neighbours:
         self._closed = True
 
     # -- joining and leaving
+
+    def _tidy(self) -> None:
+        """Remove files that workers under other limits, now gone, have left."""
+        prefix = self.path[: len(self.path) - len(self._key)]
+        for path in glob.glob(f"{glob.escape(prefix)}*"):
+            if path != self.path:
+                with contextlib.suppress(OSError):  # somebody is in it, or has just removed it
+                    _remove_unused(path)
 
     def _usable(self) -> bool:
         return self._slot >= 0 and self._pid == os.getpid()
@@ -339,15 +351,29 @@ def _folder() -> str:
     return _SHARED_MEMORY
 
 
-def _open(path: str) -> int:
+def _remove_unused(path: str) -> None:
+    """Remove a file that nobody is in.
+
+    Raises:
+        OSError: Somebody is, or it is not ours.
+    """
+    file = _open(path, create=False)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all of it; who comes meanwhile begins anew
+        os.unlink(path)
+    finally:
+        os.close(file)
+
+
+def _open(path: str, *, create: bool = True) -> int:
     """Open the file, made if it is not there, if it is really ours.
 
     Raises:
         OSError: It is not: somebody may have put a link there, or a file of his own.
     """
     # Not through a link, and without waiting for the other end of a pipe.
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    file = os.open(path, flags, 0o600)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = os.open(path, flags | (os.O_CREAT if create else 0), 0o600)
     found = os.fstat(file)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
         os.close(file)

@@ -311,6 +311,20 @@ def test_a_file_that_all_left_by_being_killed(own, other):
     assert os.stat(it.path).st_size == module._SLOT.size
 
 
+def test_files_that_killed_workers_left_under_another_limit(own, other, folder):
+    """Nobody will come under that limit again: its cgroup is gone. What is in use stays."""
+    one = other()
+    one.ask("publish 1")
+    path = os.path.join(folder, files(folder)[0])
+    Neighbours("another", folder=folder).close()
+    assert os.path.exists(path)
+    one.kill()
+    it = Neighbours("another", folder=folder)
+    assert files(folder) == [os.path.basename(it.path)]
+    it.close()
+    assert files(folder) == []
+
+
 def write(path, number, pid, size):
     """Write a slot, in another process: whoever closes a file gives up all locks his process has on it."""
     slot = module._SLOT.pack(pid, size).hex()
