@@ -70,8 +70,11 @@ def test_each_task_has_its_own_peak(untrimmed, start_method):
         assert last["exact"] >= 2
 
 
-def test_a_peak_in_free_heap_is_a_lower_bound(untrimmed):
+def test_a_peak_in_free_heap_is_a_lower_bound(start_worker, start_method):
     """A task that fits into heap which an earlier one has left free needs more than is seen."""
+    untrimmed = start_worker(
+        "proj", start_method=start_method, concurrency=1, config={"memsafe_trim_idle": None}
+    )
     child = untrimmed.run("proj.small_blocks", 100, 100)
     assert peaks_of(untrimmed, "proj.small_blocks", 1)["exact"] == 1
     assert row(untrimmed, child)["trimmable"] > 80 * MIB
@@ -163,12 +166,12 @@ def test_large_blocks_go_back_when_idle(worker):
     worker.until(lambda: psutil.Process(child).memory_info().rss < 1.25 * before, "the memory to go back")
 
 
-def test_the_allocator_is_left_alone(untrimmed):
-    """Blocks of 2 MiB that are freed and taken again are not mapped anew each time; in prefork neither.
+def test_blocks_are_not_taken_from_the_kernel_each_time(untrimmed):
+    """Three blocks of 3 MiB, freed and taken again: taken anew, 300 rounds of them are 691,200 page faults.
 
-    Mapped anew, 300 rounds of two of them are 307,200 page faults.
+    glibc does so, with any pool, in a process that has not freed a larger block yet.
     """
-    assert untrimmed.run("proj.faults", 2, 300) < 20_000
+    assert untrimmed.run("proj.faults", 3, 300) < 20_000
 
 
 def test_the_kernel_is_to_take_children_first(worker):

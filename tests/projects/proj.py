@@ -314,11 +314,10 @@ def buffers(count, mib):
 
 @app.task
 def faults(mib, rounds):
-    """Take two blocks of this size and free them, again and again; page faults of all rounds."""
-    bytearray(b"x") * (20 * MIB)  # a large block that is freed, as most programs have one
+    """Take three blocks of this size and free them, again and again; page faults of all rounds."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(rounds):
-        blocks = [bytearray(b"x") * (mib * MIB) for _ in range(2)]
+        blocks = [bytearray(b"x") * (mib * MIB) for _ in range(3)]
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
