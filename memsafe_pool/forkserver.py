@@ -1,4 +1,4 @@
-"""The forkserver: the app imported, no other thread that runs Python code, forks a child on request.
+"""The forkserver: the app imported, no thread but those that this starts, forks a child on request.
 
 It begins in one of two ways: forked from the worker while no other thread runs Python code there
 (``begin_as_fork``), or as a fresh interpreter that imports the app (see ``fresh``). Either
@@ -463,14 +463,10 @@ def _use_openmp() -> None:
 
 def _reason_not_to_fork(blame: Callable[[Collection[int]], str] | None) -> str:
     """Return why this process must not fork children; nothing if it may."""
-    if threads := python_threads():
-        tids = {tid for _, tid in threads if tid}
-        text = f"other threads run Python code here ({', '.join(name for name, _ in threads)})"
-    elif (natives := native_threads()) and not fork_works():
-        tids = set(natives)
-        text = f"a process forked beside threads of libraries ({', '.join(natives.values())}) was stuck"
-    else:
+    threads = [*python_threads(), *((name, tid) for tid, name in native_threads().items())]
+    if not threads or fork_works():
         return ""
-    if blame is not None and (culprits := blame(tids)):
+    text = f"a process forked beside other threads ({', '.join(name for name, _ in threads)}) was stuck"
+    if blame is not None and (culprits := blame({tid for _, tid in threads if tid})):
         text += f", started by the import of {culprits}"
     return text

@@ -92,6 +92,7 @@ def test_such_an_app_that_must_not_be_forked(start_worker):
         worker.command = [
             sys.executable, str(PROJECTS / "script_embedded.py"), "memsafe_pool:Pool", worker.hostname
         ]  # fmt: skip
+        worker.env["TEST_HOG"] = "1"
 
     worker = start_worker(prepare=name_it, config={"memsafe_preload": ["starts_thread"]}, ready=False)
     worker.call("embedded.double", 1)

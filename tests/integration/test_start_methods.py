@@ -107,16 +107,29 @@ def test_fresh_beginning(start_worker):
     assert {place["imported_by"] for place in places} == {forkserver}
 
 
+def test_an_import_that_starts_a_thread(start_worker):
+    """Prefork forks beside it: so does a forkserver that has imported the app."""
+    worker = start_worker("threaded")
+    places = meet(worker, 2)
+    forkserver = pool(worker)["forkserver"]
+    assert importers(worker) == [worker.pid, forkserver]
+    assert {place["imported_by"] for place in places} == {forkserver}
+    assert "must not fork" not in worker.log()
+
+
 @pytest.mark.parametrize("module", ["threaded", "threaded:app"])
-def test_an_import_that_starts_a_thread(start_worker, module):
-    """The forkserver refuses to fork then, and names the module; children start by spawn, tasks run."""
-    worker = start_worker(module)
+def test_a_thread_that_must_not_be_forked_beside(start_worker, module):
+    """A process forked for trial is stuck: the line names the module; children start by spawn, tasks run."""
+    worker = start_worker(module, env={"TEST_HOG": "1"})
     places = meet(worker, 2)
     assert pool(worker)["start_method"] == "spawn"
     assert pool(worker)["forkserver"] is None
     assert all(place["imported_by"] == place["pid"] for place in places)
     line = worker.wait_for_log(r"\[.*: WARNING/MainProcess\] The forkserver must not fork: .*").group()
-    assert "other threads run Python code here (background), started by the import of starts_thread" in line
+    assert (
+        "a process forked beside other threads (background) was stuck, started by the import of starts_thread"
+        in line
+    )
     assert "children start by spawn" in line.lower()
     assert worker.log().count("must not fork") == 1
     worker.until(lambda: not processes.zombies(worker.pid), "the forkserver to be reaped")
@@ -124,7 +137,7 @@ def test_an_import_that_starts_a_thread(start_worker, module):
 
 def test_what_fits_is_said_anew_when_children_cost_more(start_worker):
     """After the fall back to spawn a child takes as much as the worker, not what a fork of it takes."""
-    worker = start_worker("threaded")
+    worker = start_worker("threaded", env={"TEST_HOG": "1"})
     said = r"Memory: .* a child about (\d+) MiB: room for (\d+) children"
     first, then = (worker.wait_for_log(said, count=number).groups() for number in (1, 2))
     assert int(then[0]) > 2 * int(first[0])
@@ -184,7 +197,7 @@ def test_a_library_that_must_not_be_forked_beside(start_worker, library, flag):
         rf"worker, beside threads of libraries \({name}\), was stuck\."
     )
     worker.wait_for_log(
-        r"WARNING/MainProcess\] The forkserver must not fork: a process forked beside threads of libraries "
+        r"WARNING/MainProcess\] The forkserver must not fork: a process forked beside other threads "
         rf"\({name}\) was stuck, started by the import of native_thread\. Children start by spawn"
     )
 
