@@ -213,7 +213,7 @@ class Supervisor:
         self._replaced: dict[Child, str] = {}
         self._due: dict[Child, str] = {}
         self._any_up = False
-        self._looked_at = float("-inf")
+        self._looked_at, self._freed = float("-inf"), 0  # bytes of tasks that have ended since
         self._has_to_look = False
         self._stuck_since: float | None = None
         self._gave_up_at = float("-inf")
@@ -243,6 +243,7 @@ class Supervisor:
 
     def ended(self, task: Task) -> None:
         """Take note that a task has ended, or did not begin after all."""
+        self._freed += self.room.grown.get(task, 0)
         self.room.end(task)
         if not self.room.running:
             self._looked_at = float("-inf")  # what it had is free now, which decides for the next one
@@ -275,8 +276,7 @@ class Supervisor:
             case Done(child):
                 return self._after_task(child, now)
             case Looked(look):
-                self.room.look(look)
-                self._looked_at = now  # however long it has taken: there is no better one
+                self._saw(look, now)
                 return self._assign(now)
             case Tick():
                 # First who goes: what is decided after the look must not count on them.
@@ -293,9 +293,13 @@ class Supervisor:
                 # What it has cost was not seen yet.
                 return [*self._end_shortage(now), *(self._replace() or self._shrink()), Measure()]
             case Stuck(look):
-                self.room.look(look)
-                self._looked_at = now
+                self._saw(look, now)
                 return self._on_stuck(look, now)
+
+    def _saw(self, look: Look, now: float) -> None:
+        self.room.look(look)
+        self._looked_at = now  # however long it has taken: there is no better one
+        self._freed = 0
 
     # -- begin
 
@@ -457,8 +461,8 @@ class Supervisor:
                 spare = [last]  # a new one in its place leaves enough, or more
         if lacks <= 0 or not (blocked or spare):
             return []
-        if self._is_stale(now):
-            return [Measure()]  # tasks may have ended since
+        if self._is_stale(now) or self._freed >= lacks:
+            return [Measure()]  # tasks have ended since, or may have
         actions: list[Action] = []
         if not self.fleet.leaving:
             for child in sorted(spare, key=lambda child: -child.private_bytes):

@@ -720,6 +720,25 @@ def test_a_task_begins_when_others_give_their_memory_back():
     assert pool.supervisor.blocked is None
 
 
+def test_tasks_that_end_right_after_each_other_make_room_for_as_many():
+    """What the second one had is looked at, too: the next one need not wait until somebody looks again."""
+    pool = Pool(bound=3, budget=100 * MIB)
+    pool.with_children(3)
+    pool.tick()
+    for _ in range(3):
+        pool.submit(task(30))
+    first, second, _ = pool.running
+    pool.submit(task(30))
+    pool.submit(task(30))
+    pool.grown, pool.used = dict.fromkeys(pool.running.values(), 30), 90
+    pool.tick()
+    for child, pool.used in ((first, 60), (second, 30)):  # those that begin have not taken anything yet
+        pool.now += 0.001
+        pool.done(child)
+    assert not pool.waiting
+    assert len(pool.running) == 3
+
+
 def test_smaller_tasks_pass_for_a_while():
     """Then nothing begins before the one that has waited for so long."""
     pool = Pool(bound=8, budget=100 * MIB, patience=10)
