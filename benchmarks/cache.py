@@ -1,4 +1,4 @@
-"""512 MiB full of what the kernel can take back: 24 tasks of 100 MB, against prefork and a cold cache.
+"""512 MiB full of what the kernel can take back: 72 tasks of 100 MB, against prefork and a cold cache.
 
 The cache holds a file that was read three times, a model that children have mapped, or names of files that
 do not exist (dentries); or a task writes a file all the time. Prefork has its best safe concurrency, our pool
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LIMIT = 512 * MIB
 CACHED = 350 * MIB
 NAMES = 700_000  # half a KB each
-BATCHES = [Batch(24, "hold", (100 * MB, 0.2))]
+BATCHES = [Batch(72, "hold", (100 * MB, 0.2))]
 KINDS = {
     "cold": "nothing in the cache",
     "read": "350 MiB of a file read three times",
