@@ -119,7 +119,7 @@ class _Run:
             self.rate = max(rate, self.rate * 0.5 ** (passed / HALF_LIFE))
         self.grown, self.at, self.spared = sample.grown, now, sample.spared
         self.growing = self.rate > slow
-        self.need = pending(sample.estimate, sample.grown + sample.free, growing=self.growing)
+        self.need = pending(sample.estimate, sample.grown, sample.free, growing=self.growing)
         self.most = sample.estimate.most - sample.free
 
 

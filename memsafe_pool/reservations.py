@@ -227,7 +227,7 @@ def after_loss(estimate: Estimate, grown: int) -> Estimate:
     return Estimate(enough, enough, known=True)
 
 
-def pending(estimate: Estimate, grown: int, *, growing: bool) -> int:
+def pending(estimate: Estimate, grown: int, free: int = 0, *, growing: bool) -> int:
     """Return how much more memory a running task is to be expected to take (bytes).
 
     What is left of its reservation. One that has gone over that and still grows may need what the largest
@@ -237,9 +237,11 @@ def pending(estimate: Estimate, grown: int, *, growing: bool) -> int:
     Arguments:
         estimate: What was known when it was admitted.
         grown: What it has taken so far.
+        free: What its child had free before, at most: it need not take that, but may not have found it
+            useful, so what it has grown by tells alone whether it has gone over.
         growing: Whether it took some of that just now.
     """
-    left = max(estimate.reserved - grown, 0)
+    left = max(estimate.reserved - grown - free, 0)
     if growing and grown > estimate.reserved:
         rest = max(estimate.most, estimate.ended) - grown
         return rest if grown < estimate.ended else max(rest, grown)

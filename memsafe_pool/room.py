@@ -128,12 +128,13 @@ class Room:
         for seen in look.running:
             task = seen.task
             if task in self.running:
-                has = seen.grown + seen.free
-                left = pending(task.estimate, has, growing=seen.growing)
+                left = pending(task.estimate, seen.grown, seen.free, growing=seen.growing)
                 self._pending += left - self.running[task]
                 self.running[task] = left
                 self.grown[task] = seen.grown
-                reserve = max(reserve, task.estimate.most - max(task.estimate.reserved, has))
+                reserve = max(
+                    reserve, task.estimate.most - max(task.estimate.reserved, seen.grown + seen.free)
+                )
         self._reserve = reserve
 
     @property

@@ -203,6 +203,12 @@ def test_what_is_still_to_come(grown, growing, left):
     assert pending(Estimate(100, 200, known=True), grown, growing=growing) == left
 
 
+@pytest.mark.parametrize(("grown", "left"), [(0, 80), (60, 20), (80, 0), (95, 0), (101, 101)])
+def test_what_its_child_had_free_does_not_make_it_larger_than_others(grown, left):
+    """It need not be taken; but a task that ends where its like did is not expected to double for it."""
+    assert pending(Estimate(100, 100, known=True, ended=100), grown, 20, growing=True) == left
+
+
 @pytest.mark.parametrize(("grown", "left"), [(150, 150), (250, 50), (299, 1), (300, 300), (350, 350)])
 def test_one_that_stays_below_others_is_expected_to_end_there(grown, left):
     """It is no larger than one that has ended; once it is, nobody knows."""
