@@ -9,11 +9,11 @@ Celery 5.4 to 5.7, billiard 4.2 and 4.3.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ try:
     from billiard.process import _set_current_process
     from billiard.util import _finalizer_registry, _run_after_forkers
     from celery._state import _set_task_join_will_block, set_default_app
-    from celery.app import trace
+    from celery.app import backends, trace
     from celery.app.trace import build_tracer, fast_trace_task, trace_task_ret
     from celery.concurrency.prefork import WORKER_SIGIGNORE, WORKER_SIGRESET, TaskPool
     from celery.local import PromiseProxy, Proxy
@@ -168,7 +168,7 @@ def body_size(args: Any) -> int:
     return len(args[_BODY] or ()) if len(args) > _BODY else 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_requeue(request: Any) -> Iterator[None]:
     """Within this, a request whose worker was lost fails, whatever ``reject_on_worker_lost`` says.
 
@@ -273,11 +273,27 @@ def prepare_app(app: Any, hostname: str, *, fresh: bool) -> None:
     if fresh:
         trace.setup_worker_optimizations(app, hostname)
         build_tracers(app, hostname)
+        _import_what_tasks_use(app)
     else:
         app.set_current()
         set_default_app(app)
         trace._tasks = app._tasks
     worker_state.reset_state()
+
+
+def _import_what_tasks_use(app: Any) -> None:
+    """Import the result backend and the transport, as the worker has; nothing is connected.
+
+    Else each child does that in its first task.
+    """
+    loads: tuple[Callable[[], object], ...] = (
+        lambda: app.amqp,
+        lambda: backends.by_url(app.backend_cls or app.conf.result_backend, app.loader),
+        lambda: app.connection_for_write().get_transport_cls(),
+    )
+    for load in loads:
+        with contextlib.suppress(Exception):  # the task that uses it says what is wrong with it
+            load()
 
 
 def prepare_process(app: Any, hostname: str) -> None:

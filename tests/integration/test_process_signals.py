@@ -73,6 +73,15 @@ def test_signals_of_children_that_are_replaced(start_worker, start_method):
     assert [note["pid"] for note in notes(worker, "process_shutdown")][:3] == children
 
 
+@pytest.mark.parametrize(("method", "config"), WAYS if OURS else [("stock", {})])
+def test_a_child_begins_with_what_tasks_use(start_worker, method, config):
+    """Result backend and transport have been imported, in prefork by the worker."""
+    worker = start_worker("witness", config=config, start_method=method, broker="redis", concurrency=1)
+    worker.run("witness.place")
+    [begun] = notes(worker, "process_init")
+    assert {"celery.backends.redis", "kombu.transport.redis"} <= set(begun["modules"])
+
+
 @pytest.mark.parametrize(
     ("method", "config", "broker"),
     [(*way, "redis") for way in WAYS] + [("forkserver", {}, "filesystem")]

@@ -36,7 +36,7 @@ def before_create_process(**kwargs):
 
 @signals.worker_process_init.connect
 def process_init(**kwargs):
-    note("process_init")
+    note("process_init", modules=[name for name in sys.modules if name.endswith(".redis")])
 
 
 @signals.worker_process_shutdown.connect
