@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 from harness import processes
@@ -68,24 +67,17 @@ HIDDEN = {
         set -e
         inner=$1 top=$2; shift 3
         echo $$ > "$inner/cgroup.procs"
-        exec unshare --cgroup --mount sh -c 'mount -t cgroup2 none "$0" && exec "$@"' "$top" "$@"
+        exec unshare --cgroup --mount \\
+            sh -c 'umount "$0" && mount -t cgroup2 none "$0" && exec "$@"' "$top" "$@"
         """,
 }
 
 KILLED = r"exited with 'signal 9 \(SIGKILL\)': the kernel has killed it, as memory was out"
 
 
-@contextmanager
 def shortage(cgroup):
     """Have the kernel kill the largest process in a cgroup; memory is short until the end of the block."""
-    command = [sys.executable, "-c", HOG, str(cgroup.folder / "cgroup.procs"), str(cgroup.kills_file)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hog:
-        try:
-            assert hog.stdout.readline() == "killed\n"
-            yield
-        finally:
-            hog.stdin.close()
-            hog.wait(DEADLINE)
+    return cgroup.running(HOG, cgroup.kills_file, says="killed")
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .waiting import until
+from .waiting import DEADLINE, until
 from .worker import Worker
 
 _NUMBERS = itertools.count(1)
@@ -100,6 +102,23 @@ class Cgroup:
         """Have a worker that is not started yet run in it from the beginning, as in a container."""
         entrance = self.folder / "cgroup.procs"
         worker.command = ["sh", "-c", f'echo $$ > "{entrance}" && exec "$@"', "sh", *worker.command]
+
+    @contextlib.contextmanager
+    def running(self, script: str, *arguments: object, says: str) -> Iterator[None]:
+        """Have Python code run that moves itself here until the end of the block; from where it says so.
+
+        Arguments:
+            script: Gets the path of ``cgroup.procs`` and these arguments; ends when its input does.
+            says: The line it prints when all is as it should be.
+        """
+        words = [sys.executable, "-c", script, str(self.folder / "cgroup.procs"), *map(str, arguments)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout.readline() == f"{says}\n"
+                yield
+            finally:
+                process.stdin.close()
+                process.wait(DEADLINE)
 
     def child(self, name: str) -> Cgroup:
         """Make a cgroup in it. In version 2, processes can then be in the child only."""

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from harness.growth import MIB, memory
 from harness.tally import Tally
-from harness.waiting import DEADLINE
 
 pytestmark = pytest.mark.ours_only("other pools do not look at memory")
 
@@ -29,6 +24,11 @@ held = bytearray(b"x") * (int(sys.argv[2]) << 20)
 print("has it", flush=True)
 sys.stdin.read()
 """
+
+
+#: Runs a script in a cgroup, in a namespace whose root that is; and what mounts its cgroups there.
+NAMESPACE = 'echo $$ > "$0" && exec unshare --cgroup --mount sh -c "$@"'
+MOUNT = "umount /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup"
 
 
 @pytest.fixture
@@ -58,19 +58,6 @@ def all_done(worker, tally, sizes=TASKS):
         worker.get(result)
     assert tally.of("began") == tally.of("ended") == {str(number): 1 for number in range(len(sizes))}
     assert memory(worker)["oom_kills"] == 0
-
-
-@contextmanager
-def held(group, mib) -> Iterator[None]:
-    """Have somebody else hold memory in a cgroup."""
-    command = [sys.executable, "-c", HOLDER, str(group.folder / "cgroup.procs"), str(mib)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout.readline() == "has it\n"
-            yield
-        finally:
-            holder.stdin.close()
-            holder.wait(DEADLINE)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +97,11 @@ def test_the_limit_is_an_ancestors(start_contained, group, tally):
     middle = group.child("middle")
     middle.limit(1000 * MIB)
     inner, beside = middle.child("inner"), group.child("beside")
-    with held(beside, 100):
+    with beside.running(HOLDER, 100, says="has it"):
         worker = start_contained(inner, "hungry", concurrency=20)
         assert memory(worker)["limit"] == (LIMIT + 100) * MIB
         all_done(worker, tally)
     assert events(group)["oom_kill"] == 0
-
-
-NAMESPACE = 'echo $$ > "$0" && exec unshare --cgroup --mount sh -c "$@"'
 
 
 def in_namespace(worker, group, script):
@@ -129,8 +113,7 @@ def in_namespace(worker, group, script):
 def test_a_namespace(start_worker, group, tally):
     """A container sees its own cgroup as the root of all: the limit is there."""
     group.limit(LIMIT * MIB)
-    mount = "umount /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup"
-    worker = start_worker("hungry", concurrency=20, prepare=lambda worker: in_namespace(worker, group, mount))
+    worker = start_worker("hungry", concurrency=20, prepare=lambda worker: in_namespace(worker, group, MOUNT))
     assert memory(worker)["limit"] == LIMIT * MIB
     assert re.search(r"limit 350 MiB \(/sys/fs/cgroup/memory\.max\)", worker.log())
     all_done(worker, tally)
@@ -141,12 +124,11 @@ def test_a_namespace_that_hides_the_limit(start_worker, group, tally):
     """With ``memsafe_memory_budget`` all is done, although the limit of an ancestor cannot be seen."""
     group.limit(LIMIT * MIB)
     inner = group.child("inner")
-    mount = "umount /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup"
     worker = start_worker(
         "hungry",
         concurrency=20,
         config={"memsafe_memory_budget": f"{LIMIT - 30}MiB"},
-        prepare=lambda worker: in_namespace(worker, inner, mount),
+        prepare=lambda worker: in_namespace(worker, inner, MOUNT),
     )
     assert memory(worker)["limit"] > LIMIT * MIB
     all_done(worker, tally)

@@ -20,8 +20,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 #: Of the repository, what tests read.
 PARTS = ("memsafe_pool", "tests", "benchmarks", "examples", "csrc", "docs", "pyproject.toml", "README.md")
 
-#: Programs that are not busybox's.
-PROGRAMS = ("redis-server", "unshare")
+#: Programs that are not busybox's, and what they are called where they come from. The shell, as busybox's own
+#: runs its unshare and not the one that is there, and that knows no cgroup namespaces.
+PROGRAMS = {"redis-server": "redis-server", "unshare": "unshare", "sh": "dash"}
 
 #: Folders of Python's library that nobody imports here.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "ensurepip", "turtledemo"}
@@ -125,8 +126,8 @@ def make(folder: Path, packages: Packages, environment: Path, command: str) -> P
     parts += filter(os.path.exists, FILES)
     for part in parts:
         stage.add(part)
-    for name in PROGRAMS:
-        stage.copy(os.path.realpath(packages.program(name)), f"/usr/bin/{name}")
+    for name, source in PROGRAMS.items():
+        stage.copy(os.path.realpath(packages.program(source)), f"/usr/bin/{name}")
     elves = [path for path in map(str, stage.folder.rglob("*")) if _is_elf(path)]
     for path in sorted(_libraries(elves, packages)):
         stage.copy(path, stage.follow(packages.place(path)))

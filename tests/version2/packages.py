@@ -15,7 +15,7 @@ from pathlib import Path
 #: Debian's kernel for virtual machines: ext4 and NVMe are built in, so that it needs no modules at all.
 KERNEL = "linux-image-cloud-amd64"
 
-PROGRAMS = ("qemu-system-x86", "busybox-static", "e2fsprogs", "redis-server", "util-linux")
+PROGRAMS = ("qemu-system-x86", "busybox-static", "e2fsprogs", "redis-server", "util-linux", "dash")
 
 #: Seconds for one call of apt-get or dpkg-deb; about 60 MB are fetched.
 DEADLINE = 300
