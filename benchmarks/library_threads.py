@@ -158,9 +158,7 @@ def used_in_fork(use: str, scope: dict[str, object]) -> str:
 
 def start_method() -> str:
     """How children of a worker with these threads would start, if the app's import starts them."""
-    if (forkserver.python_threads() or forkserver.native_threads()) and not forkserver.fork_works():
-        return "`spawn`, after a trial"
-    return "`forkserver`"
+    return "`forkserver`" if forkserver.fork_works() else "`spawn`, after a trial"
 
 
 def try_out(library: Library) -> None:

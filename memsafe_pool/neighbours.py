@@ -110,8 +110,8 @@ class Neighbours:
     ) -> None:
         warn = logging.getLogger(__name__).warning
         self._on_warning = on_warning or (lambda text: warn("%s", text))
-        self._key = key
-        self.path = os.path.join(folder or _folder(), f"memsafe-pool-{os.geteuid()}-{key}")
+        stem = os.path.join(folder or _folder(), f"memsafe-pool-{os.geteuid()}-")
+        self.path = stem + key
         self._clock = clock
         self._warned = False
         self._pid = os.getpid()
@@ -122,7 +122,7 @@ class Neighbours:
         #: What was last read of the file; of the others in it their number and the sum.
         self._seen, self._count, self._sum = b"", 0, 0
         self._sweep_at = self._patient_at = float("-inf")
-        self._tidy()
+        self._tidy(stem)
         with self.turn(_JOIN_SECONDS):
             pass
 
@@ -199,10 +199,9 @@ class Neighbours:
 
     # -- joining and leaving
 
-    def _tidy(self) -> None:
+    def _tidy(self, stem: str) -> None:
         """Remove files that workers under other limits, now gone, have left."""
-        prefix = self.path[: len(self.path) - len(self._key)]
-        for path in glob.glob(f"{glob.escape(prefix)}*"):
+        for path in glob.glob(f"{glob.escape(stem)}*"):
             if path != self.path:
                 with contextlib.suppress(OSError):  # somebody is in it, or has just removed it
                     _remove_unused(path)

@@ -98,18 +98,13 @@ def test_early_fork(start_worker):
     assert {place["imported_by"] for place in places} == {worker.pid}
 
 
-def test_fresh_beginning(start_worker):
-    """With threads in the worker, such as a tracing agent's, the forkserver imports the app itself."""
-    worker = start_worker("traced")
-    places = meet(worker, 2)
-    forkserver = pool(worker)["forkserver"]
-    assert importers(worker) == [worker.pid, forkserver]
-    assert {place["imported_by"] for place in places} == {forkserver}
+@pytest.mark.parametrize("module", ["traced", "threaded"])
+def test_fresh_beginning(start_worker, module):
+    """With threads in the worker, such as a tracing agent's, the forkserver imports the app itself.
 
-
-def test_an_import_that_starts_a_thread(start_worker):
-    """Prefork forks beside it: so does a forkserver that has imported the app."""
-    worker = start_worker("threaded")
+    Where that starts a thread there as well, children are forked beside it, as in prefork.
+    """
+    worker = start_worker(module)
     places = meet(worker, 2)
     forkserver = pool(worker)["forkserver"]
     assert importers(worker) == [worker.pid, forkserver]
