@@ -8,9 +8,10 @@ A paused task loses nothing: it goes on where it was when others have ended. The
 * While that fits into what is left, nothing is done. Else the newest tasks that are still going to take
   something are stopped until it does: early, when they are small, so that the rest can finish. The oldest of
   them, the *leader*, goes on: it is to end, and its memory comes back.
-* The leader is stopped, too, when the limit is near. What the kernel may be able to take back is room for it
-  alone: so the kernel has to find out, and nobody is ended for what may be free soon. If then nothing runs
-  that could end, we are stuck, and say so: something has to be ended.
+* The leader is stopped, too, when the limit is near: nearer than the others may come, as it alone can take
+  something until the next sample, and its speed is known. What the kernel may be able to take back is room
+  for it alone: so the kernel has to find out, and nobody is ended for what may be free soon. If then nothing
+  runs that could end, we are stuck, and say so: something has to be ended.
 * Paused tasks go on, the oldest first, when what they may need fits again, the leader as soon as there is
   a little. All of them grew when they were stopped, so each may need what the largest of its kind did: it
   goes on by itself, and shows whether it does.
@@ -38,8 +39,11 @@ FAST, SLOW = 4e9, 0.4e9
 #: Shortest and longest time between samples, and the longest while a task is paused, in seconds.
 SHORTEST, LONGEST, LONGEST_PAUSED = 0.005, 1.0, 0.02
 
-#: Nobody goes on when less is left than this share of the limit, and this many bytes.
+#: Nobody but the leader goes on when less is left than this share of the limit, and this many bytes.
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 8 * _MIB
+
+#: The leader does so until less is left than this, and than it can take before the next sample.
+LEAST_SHARE, LEAST_BYTES = 0.01, 4 * _MIB
 
 #: A task grows that takes more than so many bytes per second; that is forgotten by half in so many seconds.
 GROWING, HALF_LIFE = 4 * _MIB, 0.2
@@ -176,18 +180,18 @@ class Pauses:
             runs.append((sample.task, run))
             if run.growing and not run.paused:
                 decision.growing.add(sample.task)
-        margin = max(MARGIN_SHARE * limit, MARGIN_BYTES)
-        room = headroom - margin
+        room = headroom - max(MARGIN_SHARE * limit, MARGIN_BYTES)
+        leaders = headroom + uncertain - max(LEAST_SHARE * limit, LEAST_BYTES)
         if decision.growing and self._enabled:
-            self._stop(runs, room, uncertain, decision)
+            self._stop(runs, room, leaders, decision)
         if not decision.stop:
-            self._go_on(runs, room, uncertain, margin, decision)
+            self._go_on(runs, room, leaders, decision)
         self._find_stuck(now, runs, decision)
         decision.wait = self._wait(now, runs, room)
         return decision
 
     def _stop(
-        self, runs: list[tuple[Hashable, _Run]], room: float, uncertain: float, decision: Decision
+        self, runs: list[tuple[Hashable, _Run]], room: float, leaders: float, decision: Decision
     ) -> None:
         active = [(task, run) for task, run in runs if not run.paused]
         over = sum(run.need for _, run in active) - room
@@ -195,7 +199,7 @@ class Pauses:
         for task, run in reversed(active):
             # At the speed at which it grows, the leader comes that far until it is looked at again.
             near = 2 * SHORTEST * run.rate if run is leader and run.growing else 0.0
-            if run is leader and room + uncertain > near:
+            if run is leader and leaders > near:
                 continue
             if over > 0 and run.need > 0 and not run.spared:
                 over -= run.need
@@ -203,12 +207,7 @@ class Pauses:
                 decision.stop.append(task)
 
     def _go_on(
-        self,
-        runs: list[tuple[Hashable, _Run]],
-        room: float,
-        uncertain: float,
-        margin: float,
-        decision: Decision,
+        self, runs: list[tuple[Hashable, _Run]], room: float, leaders: float, decision: Decision
     ) -> None:
         needed = sum(run.need for _, run in runs if not run.paused)
         leading = True
@@ -216,8 +215,8 @@ class Pauses:
             if run.paused:
                 need = max(run.need, run.most - run.grown, MATTERS_BYTES)
                 # At the speed at which it grew, the leader must not come to the limit before the next sample.
-                enough = max(margin, SHORTEST * run.rate)
-                if not (needed + need <= RESUME_SHARE * room or (leading and room + uncertain > enough)):
+                may_lead = leading and leaders > SHORTEST * run.rate
+                if not (needed + need <= RESUME_SHARE * room or may_lead):
                     break  # nobody passes
                 needed += need
                 run.paused = False

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from memsafe_pool.machine import Machine, Terms, Work
-from memsafe_pool.pauses import MARGIN_BYTES, MARGIN_SHARE
+from memsafe_pool.pauses import FAST, LEAST_BYTES, LEAST_SHARE, SHORTEST
 from memsafe_pool.recycle import Rules
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "240"))
@@ -172,7 +172,7 @@ class Watched(Machine):
     def _kernel_kills(self):
         """Only where memory went faster than it is looked at, or into what can not be stopped."""
         grown = self.used - self.used_at_sample
-        fast = grown >= max(MARGIN_SHARE * self.budget.limit, MARGIN_BYTES)
+        fast = grown >= max(LEAST_SHARE * self.budget.limit, LEAST_BYTES)
         assert fast or not self.terms.pause, "seen in time, and the kernel had to kill"
         victim = max(self.fleet.children, key=self._has, default=None)
         if victim is not None and victim.run is not None:
@@ -212,6 +212,9 @@ class Watched(Machine):
         running = {child.run.work: child.run for child in self.fleet.children if child.state == "busy"}
         assert work in running, "a task was to be ended that does not run"
         assert not any(run.going for run in running.values()), "a task was ended while another could go on"
+        left = self._headroom()[0] - self._coming_bytes()
+        least = max(LEAST_SHARE * self.budget.ceiling, LEAST_BYTES)
+        assert left <= least + SHORTEST * FAST, "a task was ended while one of them could go on"
         self.lost.add(running[work])
         super()._kill(work)
 

@@ -7,7 +7,7 @@ from memsafe_pool.reservations import UNKNOWN, Estimate
 
 MIB = 1 << 20
 LIMIT = 1000 * MIB
-MARGIN = 30 * MIB
+LEAST = 10 * MIB
 
 
 class Watch:
@@ -75,7 +75,8 @@ def test_the_leader_goes_on_until_the_limit_is_near():
     watch.look(400, a=0, b=0)
     assert watch.look(300, a=50, b=50).stop == ["b"]
     assert watch.look(100, a=200, b=50, after=0.2).stop == []
-    assert watch.look(29, a=260, b=50, after=0.2).stop == ["a"]
+    assert watch.look(15, a=285, b=50, after=2).stop == []
+    assert watch.look(10, a=290, b=50, after=0.2).stop == ["a"]
 
 
 def test_what_may_be_taken_back_is_room_for_the_leader_alone():
@@ -125,23 +126,23 @@ def test_those_that_may_be_large_go_on_one_by_one():
 
 
 def test_a_leader_goes_on_as_soon_as_there_is_a_little():
-    """Twice what is never used, however much it still needs."""
+    """More than is never used, and than it can take until the next look, however much it still needs."""
     watch = Watch(a=None)
     watch.look(60, a=500)
-    watch.look(20, a=540)
+    watch.look(LEAST // MIB, a=550, after=3)
     assert watch.pauses.is_paused("a")
-    assert watch.look(2 * MARGIN // MIB - 1, a=540).go_on == []
-    assert watch.look(2 * MARGIN // MIB + 1, a=540).go_on == ["a"]
+    assert watch.look(LEAST // MIB, a=550).go_on == []
+    assert watch.look(LEAST // MIB + 1, a=550).go_on == ["a"]
 
 
 def test_stuck_is_when_all_are_paused_for_a_while():
     """What has just ended may still be giving its memory back."""
     watch = Watch(a=None)
     watch.look(60, a=500)
-    assert not watch.look(20, a=540).stuck
-    assert not watch.look(20, a=540, after=STUCK_SECONDS / 2).stuck
-    assert watch.look(20, a=540, after=STUCK_SECONDS / 2).stuck
-    assert not watch.look(500, a=540).stuck
+    assert not watch.look(9, a=551).stuck
+    assert not watch.look(9, a=551, after=STUCK_SECONDS / 2).stuck
+    assert watch.look(9, a=551, after=STUCK_SECONDS).stuck
+    assert not watch.look(500, a=551).stuck
 
 
 def test_nobody_is_stuck_without_a_task():
@@ -232,6 +233,6 @@ def test_a_fast_leader_goes_on_only_where_it_can_be_stopped_again():
     watch.look(20, after=0.1, a=180)
     assert watch.pauses.is_paused("a")
     samples = [Sample("a", UNKNOWN, 180 * MIB)]
-    margin = 8 * MIB  # of a limit of 200 MiB
-    assert watch.pauses.decide(watch.now + 1, margin + 12 * MIB, 200 * MIB, samples).go_on == []
-    assert watch.pauses.decide(watch.now + 2, margin + 20 * MIB, 200 * MIB, samples).go_on == ["a"]
+    least = 4 * MIB  # of a limit of 200 MiB
+    assert watch.pauses.decide(watch.now + 1, least + 12 * MIB, 200 * MIB, samples).go_on == []
+    assert watch.pauses.decide(watch.now + 2, least + 20 * MIB, 200 * MIB, samples).go_on == ["a"]
