@@ -65,6 +65,7 @@ class Forkserver:
         self._ending: dict[int, tuple[int, float]] = {}
         self._in_vain = 0
         self._by_fork = False
+        self._for_one = False
         self._stillborn = False
         self._adoption = _Adoption()
 
@@ -89,27 +90,23 @@ class Forkserver:
 
     def _begin(self) -> None:
         threads = forkserver.python_threads()
-        can_be_fresh = self.origin.app_name is not None
-        # Beside threads only for what nobody can make again; prefork forks beside them, too, for each child.
-        keep = bool(upstream.start_handlers(self.origin.terms.hostname))
-        if can_be_fresh and (self.origin.child_env or (threads and not keep)):
-            return self._begin_fresh()
-        if threads and not can_be_fresh:
-            logger.warning(
-                "The forkserver is forked from a process with other threads (%s), because a fresh "
-                "interpreter could not import the app: it is no module's attribute.",
-                ", ".join(name for name, _ in threads),
-            )
-        natives = forkserver.native_threads()
-        if can_be_fresh and natives and not forkserver.fork_works():
-            logger.warning(
-                "The forkserver begins as a fresh interpreter: a process forked from the worker, beside "
-                "threads of libraries (%s), was stuck.",
-                ", ".join(natives.values()),
-            )
-            return self._begin_fresh()
-        if natives:
-            logger.debug("Forking beside threads of libraries: %s", ", ".join(natives.values()))
+        # Prefork forks beside threads for each child. So here each child has a forkserver of its own then,
+        # unless that would have to import modules each time.
+        self._for_one = bool(threads) and not self.origin.preload
+        if self.origin.app_name is not None:
+            keep = upstream.start_handlers(self.origin.terms.hostname)
+            if self.origin.child_env or (threads and not self._for_one and not keep):
+                return self._begin_fresh()
+            names = [*(name for name, _ in threads), *forkserver.native_threads().values()]
+            if names and not forkserver.fork_works():
+                logger.warning(
+                    "The forkserver begins as a fresh interpreter: a process forked from the worker, beside "
+                    "other threads (%s), was stuck.",
+                    ", ".join(names),
+                )
+                return self._begin_fresh()
+            if names:
+                logger.debug("Forking beside other threads: %s", ", ".join(names))
         return self._begin_as_fork()
 
     def renew(self) -> None:
@@ -169,6 +166,7 @@ class Forkserver:
         )
 
     def _begin_fresh(self) -> None:
+        self._for_one = False
         self.origin.tell_what_is_missing()
         self._begin_with(lambda sock: self.origin.start_interpreter(sock, self._role))
 
@@ -224,6 +222,8 @@ class Forkserver:
 
     def _ask(self) -> None:
         while self._waiting and self.ready and self._sock is not None:
+            if self._asked and self._for_one:
+                return
             child, sock = self._waiting[0]
             if child.state is not State.STARTING:
                 self._waiting.popleft()
@@ -288,6 +288,8 @@ class Forkserver:
                 self._on_silence([child])
         if not self._asked:
             self._adoption.close()
+            if self._for_one and kind == forkserver.FORKED:
+                self.renew()
 
     def _on_death(self) -> None:
         was_ready, pid = self.ready, self.pid
@@ -337,7 +339,7 @@ class Forkserver:
         for child, sock in waiting:
             sock.close()
             self.owner.start_failed(child, reason, shortage=shortage)
-        if not waiting:
+        if not waiting and not shortage:  # whoever needs a child tries again
             logger.error("Children can not start: %s", reason)
 
     def catch_up(self) -> None:

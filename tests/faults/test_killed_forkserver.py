@@ -15,14 +15,15 @@ from harness.worker import Worker
 pytestmark = pytest.mark.ours_only("a forkserver")
 
 
-@pytest.fixture(scope="module", params=["begun as a fork", "begun fresh"])
+@pytest.fixture(scope="module", params=["begun as a fork", "begun fresh", "one for each child"])
 def worker(start_module_worker, broker_kind, request):
     """Each child runs one task, so that the forkserver is asked all the time."""
     config = {"worker_max_tasks_per_child": 1, "worker_prefetch_multiplier": 4}
     if request.param == "begun fresh":
         config["memsafe_child_env"] = {"SOMETHING": "1"}
+    env = {"FAULTY_THREAD": "1"} if request.param == "one for each child" else {}
     return start_module_worker(
-        "faulty", start_method="forkserver", broker=broker_kind, config=config, concurrency=4
+        "faulty", start_method="forkserver", broker=broker_kind, config=config, concurrency=4, env=env
     )
 
 
@@ -157,17 +158,22 @@ def test_its_midwives_are_killed_where_they_are_forks(start_worker, tally):
         while not stop.wait(0.005):
             killed.append(processes.kill(*processes.children(pid)))
 
+    results = []
+
+    def some_are_killed():
+        results.append(worker.call("faulty.count", tally.path, str(len(results))))
+        return sum(killed) > 2
+
     pid = forkserver(worker)
     hunter = threading.Thread(target=hunt)
     hunter.start()
     try:
-        results = [worker.call("faulty.count", tally.path, str(number)) for number in range(12)]
-        worker.until(lambda: sum(killed) > 2, "some midwives to be killed")
+        worker.until(some_are_killed, "some midwives to be killed")
     finally:
         stop.set()
         hunter.join()
     all_run_once(worker, tally, results)
-    assert len(tally.runs()) == 12
+    assert len(tally.runs()) == len(results)
     assert forkserver(worker) == pid
     settled(worker)
 

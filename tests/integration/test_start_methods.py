@@ -99,17 +99,29 @@ def test_early_fork(start_worker):
 
 
 @pytest.mark.parametrize("module", ["traced", "threaded"])
-def test_fresh_beginning(start_worker, module):
-    """With threads in the worker, such as a tracing agent's, the forkserver imports the app itself.
+def test_threads_of_the_worker(start_worker, module):
+    """A tracing agent's, or that of an import: as in prefork, each child has a fork of the worker's own.
 
-    Where that starts a thread there as well, children are forked beside it, as in prefork.
+    Nobody else imports the app, and the forkserver of one child is not that of the next.
     """
-    worker = start_worker(module)
+    worker = start_worker(module, concurrency=2)
+    before = pool(worker)["forkserver"]
+    places = meet(worker, 2)
+    assert importers(worker) == [worker.pid]
+    assert {place["imported_by"] for place in places} == {worker.pid}
+    worker.until(lambda: pool(worker)["forkserver"] not in (None, before), "another forkserver")
+    assert "fresh interpreter" not in worker.log()
+
+
+@pytest.mark.parametrize("module", ["traced", "threaded"])
+def test_preloaded_modules_beside_threads(start_worker, module):
+    """They are to be imported once: so one forkserver, which imports the app as well, has all children."""
+    worker = start_worker(module, config={"memsafe_preload": ["preloaded"]})
     places = meet(worker, 2)
     forkserver = pool(worker)["forkserver"]
     assert importers(worker) == [worker.pid, forkserver]
     assert {place["imported_by"] for place in places} == {forkserver}
-    assert "must not fork" not in worker.log()
+    assert {place["preloaded_by"] for place in places} == {forkserver}
 
 
 @pytest.mark.parametrize("module", ["threaded", "threaded:app"])
@@ -189,7 +201,7 @@ def test_a_library_that_must_not_be_forked_beside(start_worker, library, flag):
     name = "library_thd" if flag == "-DHOG" else r"\w+"
     worker.wait_for_log(
         r"WARNING/MainProcess\] The forkserver begins as a fresh interpreter: a process forked from the "
-        rf"worker, beside threads of libraries \({name}\), was stuck\."
+        rf"worker, beside other threads \({name}\), was stuck\."
     )
     worker.wait_for_log(
         r"WARNING/MainProcess\] The forkserver must not fork: a process forked beside other threads "

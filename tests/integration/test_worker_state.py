@@ -41,6 +41,15 @@ def test_state_of_the_worker(start_worker, method, broker, thread):
     assert "worker_process_init" not in worker.log()
 
 
+@pytest.mark.parametrize("handler", [{}, {"BUSY_HANDLER": "1"}], ids=["import", "handler"])
+@pytest.mark.parametrize("broker", ["redis", "filesystem"])
+def test_a_lock_that_a_thread_holds_half_of_the_time(start_worker, handler, broker):
+    """A child may have it held for ever, wherever it was forked; but that is drawn for each child anew."""
+    worker = start_worker("busy", broker=broker, env=handler, config={"worker_max_tasks_per_child": 1})
+    results = [worker.call("busy.can_lock") for _ in range(24)]
+    assert {worker.get(result) for result in results} == {True, False}
+
+
 @pytest.mark.ours_only("a forkserver")
 @pytest.mark.parametrize("broker", ["redis", "filesystem"])
 def test_state_after_the_forkserver_was_killed(start_worker, broker):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from importlib import import_module
@@ -18,6 +19,10 @@ from proj import stop_at
 
 app = Celery("faulty")
 app.conf.update(json.loads(os.environ.get("TEST_CONFIG", "{}")))
+
+
+if "FAULTY_THREAD" in os.environ:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
 
 
 @app.task
