@@ -1,8 +1,8 @@
 """Where the cgroups of a process are, and how files of ``/proc`` and ``/sys`` are read.
 
 Covers cgroup v1, v2 and the hybrid of both, with and without a cgroup namespace, and a root for both trees
-that is a parameter. What the numbers in the files mean together is in ``probe``. Imports the standard library
-only.
+that is a parameter. What the numbers in the files mean together is in ``probe``. Imports neither Celery nor
+billiard.
 
 The formats are those of the kernel's documentation: ``cgroups(7)`` for ``/proc/<pid>/cgroup``, ``proc(5)``
 for ``mountinfo``, ``admin-guide/cgroup-v2.rst`` and ``admin-guide/cgroup-v1/memory.rst`` for the rest.
@@ -15,6 +15,8 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from memsafe_pool import scarcity
 
 __all__ = ["NO_LIMIT", "Files", "Place", "field", "find", "whole_number"]
 
@@ -52,12 +54,17 @@ class Files:
     Args:
         root: What stands in front of ``/proc`` and ``/sys``.
         on_warning: Gets one sentence that names the file, what is wrong with it, and what is used instead.
+
+    Attributes:
+        unread: What there would be to say about files that ``get`` could not read for want of descriptors or
+            memory; whoever wants to know clears it before.
     """
 
     def __init__(self, root: str, on_warning: Callable[[str], object]) -> None:
         self.prefix = root.rstrip("/")
         self._on_warning = on_warning
         self._warned: set[tuple[str, str]] = set()
+        self.unread: list[tuple[str, str, str, str]] = []
 
     def read(self, path: str) -> bytes:
         """Return what is in the file ``path`` beneath the root. About 7 us.
@@ -104,7 +111,11 @@ class Files:
         except OSError as exc:
             if not optional or exc.errno not in _ABSENT:
                 reason = os.strerror(exc.errno) if exc.errno else str(exc)
-                self.warn(path, f"errno {exc.errno}", f"cannot be read ({reason})", fallback)
+                warning = path, f"errno {exc.errno}", f"cannot be read ({reason})", fallback
+                if scarcity.is_errno(exc.errno):
+                    self.unread.append(warning)
+                else:
+                    self.warn(*warning)
         return None
 
     def odd(self, path: str, text: bytes, expected: str, fallback: str) -> None:

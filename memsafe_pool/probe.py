@@ -158,10 +158,10 @@ class _Group:
 class Probe:
     """Reads memory limits and use; runs in any process.
 
-    Nothing is remembered between two reads but what was warned about: limits change (Kubernetes resizes in
-    place), processes move, cgroups go. A file that is missing, unreadable or makes no sense is warned about
-    once per file and kind of failure, and what is used instead is in the warning. What not every kernel has
-    is None without a warning: pressure, counts of kills, ``memory.oom.group``.
+    Little is remembered between two readings, as limits change (Kubernetes resizes in place), processes move,
+    cgroups go: what was warned about, and the last reading. A file that is missing, unreadable or makes no
+    sense is warned about once per file and kind of failure, and what is used instead is in the warning. What
+    not every kernel has is None without a warning: pressure, counts of kills, ``memory.oom.group``.
 
     Use is compared with physical memory as total less ``MemAvailable``: that takes microseconds, and counts
     what others use, who take from the same room. What our own processes have of it (``tree_bytes``) is PSS,
@@ -187,9 +187,26 @@ class Probe:
         self._files = Files(os.fspath(root), on_warning or (lambda text: warn("%s", text)))
         self._pid = pid
         self._pids = pids
+        self._last: Reading | None = None
 
     def read(self) -> Reading:
-        """Return how things are now. About 0.2 ms with one ancestor, 0.03 ms more for each further one."""
+        """Return how things are now. About 0.2 ms with one ancestor, 0.03 ms more for each further one.
+
+        While files cannot be read for want of descriptors or memory, the last reading: that a limit could
+        not be looked at does not mean that there is none.
+        """
+        self._files.unread.clear()
+        reading = self._read()
+        if not self._files.unread:
+            self._last = reading
+        elif self._last is not None:
+            return self._last
+        else:
+            for warning in self._files.unread:
+                self._files.warn(*warning)
+        return reading
+
+    def _read(self) -> Reading:
         if sys.platform != "linux":
             return self._reading(self._machine_elsewhere(), _Group([]), None)
         machine = self._machine()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
 import sys
 import tempfile
 from types import SimpleNamespace
@@ -541,6 +543,38 @@ def test_meminfo_of_an_old_kernel(seen):
     it = seen(trees.WSL, {"/proc/meminfo": "MemTotal: 1000000 kB\nMemFree: 400000 kB\n"})
     assert it.used() == 600000 * KB
     assert "MemAvailable" in it.warning()
+
+
+@contextlib.contextmanager
+def no_descriptor_left():
+    """No file can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["DOCKER_V1", "DOCKER_V2"])
+def test_no_descriptor_is_left(seen, name):
+    """A limit that cannot be looked at just now is still there."""
+    it = seen(getattr(trees, name))
+    before = it.read()
+    assert before.limit_bytes == 512 * MB
+    with no_descriptor_left():
+        assert it.read() == before
+    assert it.warnings == []
+    assert it.read() == before
+
+
+def test_no_descriptor_was_ever_left(seen):
+    """Then nothing is known of limits, and that is said."""
+    it = seen(trees.DOCKER_V2)
+    with no_descriptor_left():
+        assert it.read().limit_kind == "physical"
+    assert any("/proc/self/cgroup cannot be read (Too many open files)" in text for text in it.warnings)
+    assert it.read().limit_bytes == 512 * MB
 
 
 def test_warnings_go_to_the_log(tmp_path, caplog):
