@@ -1,8 +1,7 @@
 """What the worker says of memory when it starts: one line of numbers, and what would defeat the pool.
 
-:func:`lines` is pure. :class:`Surroundings` is what it has to know beyond a reading of ``probe``: swap,
-overcommit and systemd. What is not there to be read is not warned about here. Imports neither Celery nor
-billiard.
+:func:`lines` is pure. :class:`Surroundings` is what it has to know beyond a reading of ``probe``: overcommit
+and systemd. What is not there to be read is not warned about here. Imports neither Celery nor billiard.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memsafe_pool.cgroups import NO_LIMIT, Files, whole_number
+from memsafe_pool.cgroups import Files
 from memsafe_pool.settings import mib
 
 if TYPE_CHECKING:
@@ -45,24 +44,20 @@ class Surroundings:
     """What a reading does not have.
 
     Attributes:
-        swap_bytes: What may be swapped out under the memory limit; 0 where nothing is, or there is no limit
-            but the machine's memory.
         strict_overcommit: Whether ``vm.overcommit_memory`` is 2.
         unit: The systemd service that we run in, where it does not say ``OOMPolicy=continue``; else None.
     """
 
-    swap_bytes: int = 0
     strict_overcommit: bool = False
     unit: str | None = None
 
     @classmethod
     def read(
-        cls, reading: Reading, *, root: str | os.PathLike[str] = "/", environ: Mapping[str, str] | None = None
+        cls, root: str | os.PathLike[str] = "/", *, environ: Mapping[str, str] | None = None
     ) -> Surroundings:
         """Look around. About 0.1 ms.
 
         Arguments:
-            reading: From a probe with the same root.
             root: What stands in front of ``/proc``, ``/sys`` and ``/etc``.
             environ: The environment; None for that of this process.
         """
@@ -70,7 +65,6 @@ class Surroundings:
         environ = os.environ if environ is None else environ
         overcommit = files.get("/proc/sys/vm/overcommit_memory", "", optional=True) or b""
         return cls(
-            swap_bytes=_swap_bytes(files, reading),
             strict_overcommit=overcommit.strip() == b"2",
             unit=_unit(files) if environ.get("INVOCATION_ID") else None,
         )
@@ -133,49 +127,16 @@ def _defeats(reading: Reading, surroundings: Surroundings) -> Iterator[str]:
             f"This is the systemd unit {surroundings.unit}. Unless it has OOMPolicy=continue, systemd stops "
             "all of it when the kernel ends one process of it for want of memory."
         )
-    if surroundings.swap_bytes > _LITTLE_SWAP_BYTES:
-        amount = "any amount" if surroundings.swap_bytes >= NO_LIMIT else mib(surroundings.swap_bytes)
+    if len(reading.levels) > 1 and reading.swap_bytes > _LITTLE_SWAP_BYTES:
         yield (
-            f"Memory may be swapped out under the limit ({amount}): the worker would become slow instead of "
-            "reaching the limit, and what is swapped out is not counted. Give the container no swap."
+            f"Memory may be swapped out under the limit ({mib(reading.swap_bytes)}): a task that does not "
+            "fit goes on slowly, while others wait. To have it ended, give the container no swap."
         )
     if surroundings.strict_overcommit:
         yield (
             "vm.overcommit_memory is 2: the system refuses memory by what processes have asked for, not by "
             "what they use. Tasks may get a MemoryError, and children may not start, while there is room."
         )
-
-
-# Swap
-
-
-def _swap_bytes(files: Files, reading: Reading) -> int:
-    """Return what may be swapped out under the lowest limit, in bytes; ``NO_LIMIT`` for any amount."""
-    folder = os.path.dirname(reading.lowest_limit_source)
-    swaps = files.get("/proc/swaps", "", optional=True) or b""
-    if not folder or len(swaps.splitlines()) <= 1:
-        return 0  # the first line is the heading
-    sizes = [_swap_of(files, each) for each in {folder, reading.cgroup or folder}]
-    return min((size for size in sizes if size is not None), default=0)
-
-
-def _swap_of(files: Files, folder: str) -> int | None:
-    """Return what one cgroup allows, in bytes; None where the kernel does not tell."""
-    folder = folder.removeprefix(files.prefix)
-
-    def number(name: str) -> int | None:
-        text = files.get(f"{folder}/{name}", "", optional=True)
-        return None if text is None else NO_LIMIT if text.strip() == b"max" else whole_number(text)
-
-    swap = number("memory.swap.max")
-    if swap is not None:
-        return min(swap, NO_LIMIT)
-    if number("memory.swappiness") == 0:
-        return 0
-    both, memory = number("memory.memsw.limit_in_bytes"), number("memory.limit_in_bytes")
-    if both is None or memory is None:
-        return None
-    return NO_LIMIT if both >= NO_LIMIT else max(both - memory, 0)
 
 
 # systemd

@@ -218,7 +218,7 @@ class Gauge:
                 for dial in self._dials:
                     room = dial.room(least, taken, exact=exact)
                     least, most = min(least, room), min(most, room + dial.uncertain)
-                self.uncertain = int(most - least)
+                self.uncertain = int(most - least) + self._reading.swap_bytes
                 return int(least)
             except (OSError, ValueError):
                 # Gone, or not what it was: the full reading finds out, and says what is wrong with a file.

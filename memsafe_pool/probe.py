@@ -1,8 +1,9 @@
 """What the memory limit is, how much is used, under what pressure, and how often the kernel has killed.
 
 Covers limits of memory cgroups (v1 and v2, over all ancestors that can be seen), the machine's memory,
-pressure, counts of out-of-memory kills, and the memory of a tree of processes. Decides nothing. Swap is not
-counted: what was swapped out is not in use, and room for it is not room.
+pressure, counts of out-of-memory kills, and the memory of a tree of processes. Decides nothing. What was
+swapped out is not in use, and what still may be is no room, as it takes so long; but it is a reason to end
+nothing.
 
 Where cgroups are is in ``cgroups``, what is used of what a cgroup is charged in ``reclaim``; the memory of
 one process by itself is in ``memory``. Imports neither Celery nor billiard.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memsafe_pool import reclaim
-from memsafe_pool.cgroups import NO_LIMIT, Files, Place, field, find
+from memsafe_pool.cgroups import NO_LIMIT, Files, Place, field, find, whole_number
 
 __all__ = ["Level", "Pressure", "Probe", "Reading"]
 
@@ -102,8 +103,8 @@ class Reading:
             kernel: in a cgroup what ``reclaim`` says, on a machine all but ``MemAvailable``. Pages of files
             and caches of the kernel are not in it, files in ``/dev/shm`` are.
         used_source: The file or files that comes from.
-        uncertain_bytes: Of ``used_bytes``, what the kernel may be able to take back all the same, in a while,
-            as far as that leaves more room: no reason to end anything.
+        uncertain_bytes: Of ``used_bytes``, what the kernel may be able to take back or to swap out all the
+            same, in a while, as far as that leaves more room: no reason to end anything.
         lowest_limit_bytes: The lowest of all limits; more than 0.
         lowest_limit_source: Where that comes from, as ``limit_source``.
         high_bytes: The lowest ``memory.high``, None where there is none or it is above the machine's memory.
@@ -119,6 +120,7 @@ class Reading:
             cgroup.
         pressure: The cgroup's in version 2, else the machine's; None where the kernel does not measure it.
         levels: All limits that hold, from the process's own cgroup up to the machine, which is the last.
+        swap_bytes: What may still be swapped out.
     """
 
     limit_bytes: int
@@ -137,6 +139,7 @@ class Reading:
     pressure: Pressure | None
     levels: tuple[Level, ...] = ()
     uncertain_bytes: int = 0
+    swap_bytes: int = 0
 
     @property
     def headroom_bytes(self) -> int:
@@ -209,13 +212,15 @@ class Probe:
     def _read(self) -> Reading:
         if sys.platform != "linux":
             return self._reading(self._machine_elsewhere(), _Group([]), None)
-        machine = self._machine()
+        machine, swap = self._machine()
         place = find(self._files, "self" if self._pid is None else self._pid)
         if place is None:
-            return self._reading(machine, self._no_group(), self._pressure(None))
+            return self._reading(machine, self._no_group(), self._pressure(None), swap)
         if place.version == 1:
-            return self._reading(machine, self._version_1(place, machine.limit), self._pressure(None))
-        return self._reading(machine, self._version_2(place, machine.limit), self._pressure(place.own))
+            group, pressure = self._version_1(place, machine.limit), self._pressure(None)
+        else:
+            group, pressure = self._version_2(place, machine.limit), self._pressure(place.own)
+        return self._reading(machine, group, pressure, self._swap(place, swap) if swap else 0)
 
     def tree_bytes(self) -> int:
         """Return the memory of our processes, in which what they share is counted once. Slow, see the class.
@@ -230,7 +235,8 @@ class Probe:
 
     # The machine
 
-    def _machine(self) -> Level:
+    def _machine(self) -> tuple[Level, int]:
+        """Return the machine's memory, and how much swap is free, in bytes."""
         files, path = self._files, "/proc/meminfo"
         fallback = "the C library is asked instead"
         text = files.get(path, fallback)
@@ -248,7 +254,9 @@ class Probe:
             available = os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES // 1024
         used = max(0, total - available) * 1024
         source = files.prefix + path
-        return Level(total * 1024, "physical", "physical memory", used, source, charged_file=source)
+        swap = 0 if text is None else field(text, b"SwapFree:") or 0
+        level = Level(total * 1024, "physical", "physical memory", used, source, charged_file=source)
+        return level, swap * 1024
 
     def _machine_elsewhere(self) -> Level:
         import psutil
@@ -330,6 +338,28 @@ class Probe:
         kills = files.number_on_line(path, text, b"oom_kill ", "out-of-memory kills are not counted")
         return _Group(levels, min(highs, default=None), prefix + charged, kills, group)
 
+    def _swap(self, place: Place, free: int) -> int:
+        """Return what of the machine's free swap processes of a cgroup may take."""
+        files = self._files
+
+        def number(folder: str, name: str) -> int:
+            text = files.get(f"{folder}/memory.{name}", "taken as no limit", optional=True)
+            return NO_LIMIT if text is None or text.strip() == b"max" else whole_number(text) or 0
+
+        if place.version == 2:  # noqa: PLR2004 - of cgroups
+            for folder in place.folders:
+                if (limit := number(folder, "swap.max")) < NO_LIMIT:
+                    free = min(free, max(limit - number(folder, "swap.current"), 0))
+            return free
+        if number(place.folders[0], "swappiness") == 0:
+            return 0
+        for folder in place.folders:
+            # Of memory and swap together.
+            if (limit := number(folder, "memsw.limit_in_bytes")) < NO_LIMIT:
+                swapped = max(number(folder, "memsw.usage_in_bytes") - number(folder, "usage_in_bytes"), 0)
+                free = min(free, max(limit - number(folder, "limit_in_bytes") - swapped, 0))
+        return free
+
     def _no_group(self) -> _Group:
         """What holds where memory is charged to no cgroup."""
         path, fallback = "/proc/vmstat", "out-of-memory kills are not counted"
@@ -380,7 +410,7 @@ class Probe:
             kernel_file=None if kernel is None else files.prefix + kernel_path,
         )
 
-    def _reading(self, machine: Level, group: _Group, pressure: Pressure | None) -> Reading:
+    def _reading(self, machine: Level, group: _Group, pressure: Pressure | None, swap: int = 0) -> Reading:
         # The cgroup before the machine where they are equal: the order of the list.
         levels = [*group.levels, machine]
         least = min(levels, key=lambda level: level.room)
@@ -402,7 +432,8 @@ class Probe:
             oom_group=group.oom_group,
             pressure=pressure,
             levels=tuple(levels),
-            uncertain_bytes=min(level.room + level.uncertain for level in levels) - least.room,
+            uncertain_bytes=min(level.room + level.uncertain for level in levels) - least.room + swap,
+            swap_bytes=swap,
         )
 
     # Pressure

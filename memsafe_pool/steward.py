@@ -135,7 +135,7 @@ class Steward:
         line, warnings = announce.lines(
             reading,
             self.budget,
-            announce.Surroundings.read(reading),
+            announce.Surroundings.read(),
             worker_bytes=worker_bytes,
             child_bytes=self.room.child_bytes,
             bound=bound,

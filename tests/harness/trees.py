@@ -39,7 +39,7 @@ def tree(folder, files):
     return str(folder)
 
 
-def meminfo(total=16 * GB, available=12 * GB):
+def meminfo(total=16 * GB, available=12 * GB, swap=0):
     return f"""\
 MemTotal:       {total // KB:8d} kB
 MemFree:        {available // 2 // KB:8d} kB
@@ -48,7 +48,8 @@ Buffers:            4904 kB
 Cached:           499948 kB
 SwapCached:            0 kB
 Inactive(file):   284088 kB
-SwapTotal:             0 kB
+SwapTotal:      {swap // KB:8d} kB
+SwapFree:       {swap // KB:8d} kB
 HugePages_Total:       0
 Hugepagesize:       2048 kB
 """

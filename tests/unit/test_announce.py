@@ -10,14 +10,12 @@ from harness.trees import GB, MB, tree, v1, v2
 
 from memsafe_pool import budget as budgets
 from memsafe_pool.announce import Surroundings, lines, say
-from memsafe_pool.cgroups import NO_LIMIT
 from memsafe_pool.probe import Probe
 
 V1 = "/sys/fs/cgroup/memory"
 V2 = "/sys/fs/cgroup"
 
-NO_SWAPS = {"/proc/swaps": "Filename\tType\tSize\tUsed\tPriority\n"}
-SWAPS = {"/proc/swaps": NO_SWAPS["/proc/swaps"] + "/dev/sda2  partition\t2097148\t0\t-2\n"}
+SWAP = {"/proc/meminfo": trees.meminfo(swap=1 * GB)}
 SERVICE = "/sys/fs/cgroup/system.slice/celery.service"
 INVOKED = {"INVOCATION_ID": "1f"}
 
@@ -29,7 +27,7 @@ class Told:
         self.folder = str(folder)
         tree(folder, files)
         reading = Probe(folder).read()
-        self.surroundings = Surroundings.read(reading, root=folder, environ=environ or {})
+        self.surroundings = Surroundings.read(folder, environ=environ or {})
         facts = {"worker_bytes": 85 * MB, "child_bytes": 12 * MB, "bound": 20, **facts}
         budget = budgets.find(setting, reading.lowest_limit_bytes)
         line, warnings = lines(reading, budget, self.surroundings, **facts)
@@ -194,65 +192,15 @@ def test_a_unit_made_from_a_template(told):
     assert it.surroundings.unit is None
 
 
-# Swap
-
-
-@pytest.mark.parametrize(
-    ("files", "size"),
-    [
-        ({f"{V2}/memory.swap.max": "max\n"}, NO_LIMIT),
-        ({f"{V2}/memory.swap.max": f"{1 * GB}\n"}, 1 * GB),
-        ({f"{V2}/memory.swap.max": "0\n"}, 0),
-        ({f"{V2}/memory.swap.max": "garbage\n"}, 0),
-        ({}, 0),
-    ],
-)
-def test_swap_in_version_2(told, files, size):
-    """What the cgroup of the limit may swap out, if the machine has swap at all."""
-    assert told(trees.DOCKER_V2, files, NO_SWAPS).surroundings.swap_bytes == 0
-    it = told(SWAPS)
-    assert it.surroundings.swap_bytes == size
-    assert bool(it.warnings) == (size > 0)
-
-
-@pytest.mark.parametrize(
-    ("both", "swappiness", "size"),
-    [
-        (trees.V1_NO_LIMIT, 60, NO_LIMIT),
-        (1 * GB, 60, 512 * MB),
-        (512 * MB, 60, 0),
-        (1 * GB, 0, 0),
-        (1 * GB, None, 512 * MB),
-    ],
-)
-def test_swap_in_version_1(told, both, swappiness, size):
-    """Memory and swap together less memory; none where the cgroup does not swap."""
-    files = {f"{V1}/memory.memsw.limit_in_bytes": f"{both}\n"}
-    if swappiness is not None:
-        files[f"{V1}/memory.swappiness"] = f"{swappiness}\n"
-    it = told(trees.DOCKER_V1, files, SWAPS)
-    assert it.surroundings.swap_bytes == size
-    assert bool(it.warnings) == (size > 0)
-
-
 def test_swap_is_said(told):
-    """With how much, and what to do."""
-    it = told(trees.DOCKER_V2, SWAPS, {f"{V2}/memory.swap.max": f"{1 * GB}\n"})
+    """With how much."""
+    it = told(trees.DOCKER_V2, SWAP)
     assert it.warning.startswith("Memory may be swapped out under the limit (1024 MiB): ")
-    it = told({f"{V2}/memory.swap.max": "max\n"})
-    assert "(any amount)" in it.warning
 
 
 def test_swap_of_a_machine(told):
-    """Without a limit there is nothing that swap could hide."""
-    assert told(trees.UNLIMITED_V2, SWAPS, {f"{SERVICE}/memory.swap.max": "max\n"}).warnings == []
-
-
-def test_swap_by_the_stricter(told):
-    """Our own cgroup may swap less than the one with the limit."""
-    inner = {f"{V2}/memory.swap.max": "max\n", f"{V2}/worker.service/memory.swap.max": "0\n"}
-    it = told({**trees.KUBERNETES_V2, f"{V2}/memory.oom.group": "0\n"}, inner, SWAPS)
-    assert it.warnings == []
+    """There is no limit that it could get a task over."""
+    assert told(trees.UNLIMITED_V2, SWAP).warnings == []
 
 
 # The rest
@@ -271,8 +219,8 @@ def test_several_at_once(told):
     """Each has a line of its own."""
     it = told(
         {**trees.DOCKER_V1, **v1(V1, limit=512 * MB, used=500 * MB)},
-        SWAPS,
-        {f"{V1}/memory.memsw.limit_in_bytes": f"{1 * GB}\n", "/proc/sys/vm/overcommit_memory": "2\n"},
+        SWAP,
+        {"/proc/sys/vm/overcommit_memory": "2\n"},
         setting=1 * GB,
     )
     assert len(it.warnings) == 4
@@ -300,7 +248,7 @@ def test_say(caplog):
 def test_this_machine():
     """Its own files can be read."""
     reading = Probe().read()
-    found = Surroundings.read(reading)
+    found = Surroundings.read()
     line, _ = lines(
         reading,
         budgets.find("auto", reading.lowest_limit_bytes),

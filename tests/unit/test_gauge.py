@@ -208,6 +208,16 @@ def test_what_is_uncertain(seen):
     assert (it.headroom(), it.gauge.uncertain) == (300 * MB, 0)
 
 
+def test_swap_is_uncertain(seen):
+    """Also between two full readings: what is free of it at the last one."""
+    it = seen({**trees.DOCKER_V2, "/proc/meminfo": trees.meminfo(swap=100 * MB)})
+    uncertain = it.read().uncertain_bytes
+    assert uncertain >= 100 * MB
+    full = it.full
+    assert it.headroom() == 312 * MB
+    assert (it.gauge.uncertain, it.full) == (uncertain, full)
+
+
 def test_error_by_reclaim_is_less_than_what_is_free(seen):
     """Whatever was reclaimed since the last reading: what is called room and is none is less than is free."""
     for used in range(0, 513, 8):

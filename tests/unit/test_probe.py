@@ -256,6 +256,72 @@ def test_inactive_file_pages_above_use(seen):
     assert it.used() == 0
 
 
+SWAP = {"/proc/meminfo": trees.meminfo(swap=2 * GB)}
+
+
+@pytest.mark.parametrize(
+    ("swap_max", "current", "left"),
+    [
+        ("max", 500 * MB, 2 * GB),
+        (1 * GB, 0, 1 * GB),
+        (1 * GB, 300 * MB, 1 * GB - 300 * MB),
+        (4 * GB, 300 * MB, 2 * GB),
+        (100 * MB, 300 * MB, 0),
+        (0, 0, 0),
+        ("garbage", 0, 0),
+        (None, None, 2 * GB),
+    ],
+)
+def test_swap_in_version_2(seen, swap_max, current, left):
+    """What is left of the machine's and of the cgroup's is no room, but may become some."""
+    files = {"memory.swap.max": swap_max, "memory.swap.current": current}
+    files = {f"{V2}/{name}": None if value is None else f"{value}\n" for name, value in files.items()}
+    it = seen(trees.DOCKER_V2, SWAP, files)
+    reading = it.read()
+    assert reading.swap_bytes == left
+    assert reading.headroom_bytes == 312 * MB
+    assert (
+        reading.uncertain_bytes - left == it.change({"/proc/meminfo": trees.meminfo()}).read().uncertain_bytes
+    )
+    assert it.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("both", "swapped", "swappiness", "left"),
+    [
+        (trees.V1_NO_LIMIT, 900 * MB, 60, 2 * GB),
+        (1 * GB, 0, 60, 512 * MB),
+        (1 * GB, 100 * MB, 60, 412 * MB),
+        (512 * MB, 0, 60, 0),
+        (1 * GB, 0, 0, 0),
+        (1 * GB, 0, None, 512 * MB),
+        (None, None, None, 2 * GB),
+    ],
+)
+def test_swap_in_version_1(seen, both, swapped, swappiness, left):
+    """The limit for memory and swap together, less that for memory, and what has been swapped out."""
+    it = seen(trees.DOCKER_V1, SWAP)
+    charged = it.read().levels[0].charged
+    files = {
+        "memsw.limit_in_bytes": both,
+        "memsw.usage_in_bytes": None if swapped is None else charged + swapped,
+        "swappiness": swappiness,
+    }
+    it.change({f"{MEMORY}/memory.{name}": f"{value}\n" for name, value in files.items() if value is not None})
+    assert it.read().swap_bytes == left
+
+
+def test_swap_by_the_stricter(seen):
+    """Our own cgroup may swap less than the one with the limit."""
+    files = {f"{V2}/memory.swap.max": "max\n", f"{V2}/worker.service/memory.swap.max": "0\n"}
+    assert seen(trees.KUBERNETES_V2, SWAP, files).read().swap_bytes == 0
+
+
+def test_swap_of_a_machine(seen):
+    """Without a cgroup it is what is free."""
+    assert seen(trees.UNLIMITED_V2, SWAP).read().swap_bytes == 2 * GB
+
+
 def test_group_kills_of_an_ancestor(seen):
     """``memory.oom.group`` counts wherever above it stands; a kernel without the file has no such kills."""
     own, above = (f"{V2}/system.slice{tail}/memory.oom.group" for tail in ("/docker-3f2a.scope", ""))
