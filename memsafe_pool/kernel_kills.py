@@ -111,6 +111,15 @@ class KernelKills:
         for child in self._children():
             self._programs |= _programs(child, now)
 
+    def close(self, reading: Reading) -> None:
+        """Say what was not said yet: no child is left that could claim a kill."""
+        if reading.oom_kills is None:
+            return
+        self._note(reading)
+        self._untold += len(self._unclaimed)  # by whom is not known: all have gone by now
+        if self._untold:
+            self._say(reading)
+
     def _note(self, reading: Reading) -> None:
         """Take note of what the kernel has killed since the last time."""
         counted = reading.oom_kills or 0

@@ -118,6 +118,7 @@ class Steward:
 
     def close(self) -> None:
         """End the watch, leave the neighbours, and keep what was learned."""
+        self._kills.close(self.watch.refresh())
         self.watch.stop()
         self._neighbours.close()
         self.sizes.save()

@@ -99,6 +99,21 @@ def test_many_kills_are_few_lines(account):
     assert f"has killed {QUIET_SECONDS:g} processes in" in lines[1]
 
 
+def test_the_rest_is_said_at_the_end(account):
+    """Also what was noticed just now; and nothing where all is said."""
+    account.count += 1
+    account.tick(KILL_TICKS + 1)
+    account.log.clear()
+    account.kills.close(account.reading())
+    assert not account.log.records
+    account.count += 2
+    account.tick(KILL_TICKS + 1)
+    account.count += 5
+    account.kills.close(account.reading())
+    [record] = account.log.records
+    assert "has killed 7 processes in" in record.getMessage()
+
+
 def test_another_cgroup_counts_anew(account):
     """Its kills were before the worker came to it."""
     account.count, account.cgroup = 70, "/elsewhere"
