@@ -93,8 +93,8 @@ def lines(
     count = max(room // max(child_bytes, 1), 0)
     line = (
         f"Memory: limit {mib(budget.limit)} ({reading.lowest_limit_source}), budget {mib(budget.bytes)}; "
-        f"the worker has {mib(worker_bytes)}, a child about {mib(child_bytes)}: room for {count} "
-        f"{'child' if count == 1 else 'children'} at once, -c is {bound}."
+        f"the worker has {mib(worker_bytes)}, a child about {mib(child_bytes)} before "
+        f"its first task: room for {count} {'child' if count == 1 else 'children'} at once, -c is {bound}."
     )
     warnings = [budget.warning] if budget.warning else []
     if not count:

@@ -17,7 +17,7 @@ MIB = 1 << 20
 #: What the worker says when it starts.
 START = re.compile(
     r"INFO/MainProcess\] Memory: limit (\d+) MiB \((.*)\), budget (\d+) MiB; the worker has (\d+) MiB, "
-    r"a child about (\d+) MiB: room for (\d+) child(?:ren)? at once, -c is (\d+)\.\n"
+    r"a child about (\d+) MiB before its first task: room for (\d+) child(?:ren)? at once, -c is (\d+)\.\n"
 )
 
 

@@ -145,7 +145,7 @@ def test_a_thread_that_must_not_be_forked_beside(start_worker, module):
 def test_what_fits_is_said_anew_when_children_cost_more(start_worker):
     """After the fall back to spawn a child takes as much as the worker, not what a fork of it takes."""
     worker = start_worker("threaded", env={"TEST_HOG": "1"})
-    said = r"Memory: .* a child about (\d+) MiB: room for (\d+) children"
+    said = r"Memory: .* a child about (\d+) MiB before its first task: room for (\d+) children"
     first, then = (worker.wait_for_log(said, count=number).groups() for number in (1, 2))
     assert int(then[0]) > 2 * int(first[0])
     assert int(then[1]) < int(first[1]) / 2

@@ -53,7 +53,7 @@ def test_in_a_container(told):
     it = told(trees.DOCKER_V2)
     assert it.line == (
         "Memory: limit 512 MiB (/sys/fs/cgroup/memory.max), budget 461 MiB; the worker has 85 MiB, "
-        "a child about 12 MiB: room for 21 children at once, -c is 20."
+        "a child about 12 MiB before its first task: room for 21 children at once, -c is 20."
     )
     assert it.warnings == []
 
