@@ -111,6 +111,7 @@ class Forkserver:
 
     def renew(self) -> None:
         """Replace the process, so that children have the code that the worker has by now."""
+        self._reap(time.monotonic())  # one for each child would be many until the next tick
         asked = self._part()
         self._begin_again()
         self._withdraw(asked)

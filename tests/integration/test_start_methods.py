@@ -113,6 +113,17 @@ def test_threads_of_the_worker(start_worker, module):
     assert "fresh interpreter" not in worker.log()
 
 
+def test_forkservers_that_have_ended_are_reaped(start_worker):
+    """Where each child has one of its own they do not pile up: they count against ``pids.max``."""
+    worker = start_worker("threaded", concurrency=2, config={"worker_max_tasks_per_child": 1})
+    results = [worker.call("witness.place") for _ in range(80)]
+    most = 0
+    for result in results:
+        most = max(most, len(processes.zombies(worker.pid)))
+        worker.get(result)
+    assert most < 10
+
+
 @pytest.mark.parametrize("module", ["traced", "threaded"])
 def test_preloaded_modules_beside_threads(start_worker, module):
     """They are to be imported once: so one forkserver, which imports the app as well, has all children."""
