@@ -342,7 +342,7 @@ class Probe:
         """Return what of the machine's free swap processes of a cgroup may take."""
         files = self._files
 
-        def number(folder: str, name: str) -> int:
+        def number(folder: str, name: str) -> int:  # unlike a limit of memory, one of 0 makes sense
             text = files.get(f"{folder}/memory.{name}", "taken as no limit", optional=True)
             return NO_LIMIT if text is None or text.strip() == b"max" else whole_number(text) or 0
 

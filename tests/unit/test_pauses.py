@@ -141,7 +141,7 @@ def test_stuck_is_when_all_are_paused_for_a_while():
     watch.look(60, a=500)
     assert not watch.look(9, a=551).stuck
     assert not watch.look(9, a=551, after=STUCK_SECONDS / 2).stuck
-    assert watch.look(9, a=551, after=STUCK_SECONDS).stuck
+    assert watch.look(9, a=551, after=0.51 * STUCK_SECONDS).stuck
     assert not watch.look(500, a=551).stuck
 
 
