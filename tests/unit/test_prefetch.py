@@ -659,6 +659,40 @@ def test_what_the_broker_does_not_count_is_not_the_one_that_stays(channel, monke
         worker_state.reset_state()
 
 
+def test_giving_back_leaves_time_for_what_ends_meanwhile(monkeypatch, caplog):
+    """In pieces where each takes its time, and said once."""
+    caplog.set_level("INFO")
+    worker, passed, pieces = Worker(RedisChannel, 20, 4, semaphore=True), [0.0], 0
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(monotonic=lambda: worker.now + passed[0]))
+    check = worker.check_given_back
+
+    def check_given_back(message):
+        check(message)
+        passed[0] += 0.004
+
+    worker.check_given_back = check_given_back
+    worker.children = 0
+    worker.tasks = [Task(late=False, waits=False) for _ in range(60)]
+    worker.queue.extend(worker.tasks)
+    try:
+        while worker.queue:
+            worker.turn()
+        worker.short = True
+        for _ in range(40):
+            worker.now += RETRY_SECONDS
+            worker.turn()
+            before = passed[0]
+            worker.follow()
+            assert passed[0] - before < 0.025
+            pieces += passed[0] > before
+        assert len(worker.gave) == 59
+        assert list(worker.queue) == worker.tasks[1:]
+        assert pieces > 10
+        assert [record.getMessage().split()[:2] for record in caplog.records] == [["Gave", "59"]]
+    finally:
+        worker_state.reset_state()
+
+
 @pytest.mark.parametrize("channel", [Channel, RedisChannel])
 def test_no_number_is_higher_than_a_broker_takes(channel):
     """Where Celery has no limit, there is none when so many have come that the next would be too high."""
@@ -682,14 +716,14 @@ class Model(RuleBasedStateMachine):
         concurrency=st.sampled_from([1, 2, 4]),
         multiplier=st.sampled_from([4, 1, 2, 0]),
         semaphore=st.booleans(),
-        at_once=st.sampled_from([100, 3]),
+        at_once=st.sampled_from([0.01, 0.0]),
         budget=st.sampled_from([1 << 60, 300 * MIB]),
     )
     def begin(self, channel, concurrency, multiplier, *, semaphore, at_once, budget):
         worker = self.worker = Worker(channel, concurrency, multiplier, semaphore=semaphore, budget=budget)
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(prefetch, "time", SimpleNamespace(monotonic=lambda: worker.now))
-        self.patch.setattr(prefetch, "GIVE_BACK_TASKS", at_once)
+        self.patch.setattr(prefetch, "GIVE_BACK_AT_ONCE_SECONDS", at_once)
         self.pass_time(RETRY_SECONDS)
 
     # -- what can happen
@@ -878,7 +912,7 @@ def test_large_tasks_with_an_eta_let_others_come():
     state = Model()
     try:
         state.begin(
-            channel=RedisChannel, concurrency=1, multiplier=0, semaphore=False, at_once=100, budget=300 * MIB
+            channel=RedisChannel, concurrency=1, multiplier=0, semaphore=False, at_once=0.01, budget=300 * MIB
         )
         state.tasks_are_sent(late=True, waits=True, number=2, size=8 * MIB)
         state.tasks_are_sent(late=False, waits=False, number=1, size=10)
