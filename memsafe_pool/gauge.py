@@ -126,7 +126,7 @@ class _Dial:
     def _read(self, charged: int, taken: int) -> None:
         stat = os.pread(self._stat, _STAT_BYTES, 0)
         kernel = int(os.pread(self._kernel, _NUMBER_BYTES, 0)) if self._kernel >= 0 else 0
-        use = reclaim.find(self._version, charged, stat, kernel)
+        use = reclaim.find(self._version, self._limit, charged, stat, kernel)
         if use is None:
             raise ValueError
         self._know(self._limit - charged, charged - use.used, use.uncertain, taken)

@@ -392,7 +392,7 @@ class Probe:
         kernel, kernel_path = None, f"{folder}/memory.kmem.usage_in_bytes"
         if version == 1:
             kernel = files.number(kernel_path, "memory of the kernel is counted as used", optional=True)
-        use = None if stat is None else reclaim.find(version, charged, stat, kernel or 0)
+        use = None if stat is None else reclaim.find(version, found[0], charged, stat, kernel or 0)
         charged_path = files.prefix + path
         if use is None:
             if stat is not None:

@@ -196,14 +196,13 @@ def test_what_is_taken_in_between_counts(seen, monkeypatch):
 
 def test_what_is_uncertain(seen):
     """As the probe says: what may be free soon counts only where no other limit is in the way."""
-    # Of 61 MB of the kernel's, 8 and a sixteenth of the processes' 48.
-    full = trees.v1(V1, limit=512 * MB, used=512 * MB, active=403 * MB, kernel=61 * MB)
-    it = seen({**trees.DOCKER_V1, **full})
-    assert it.read().uncertain_bytes == 11 * MB
-    assert (it.headroom(), it.gauge.uncertain) == (453 * MB, 11 * MB)
-    it.change({"/proc/meminfo": trees.meminfo(available=460 * MB)})
-    assert it.read().uncertain_bytes == 7 * MB
-    assert (it.headroom(), it.gauge.uncertain) == (453 * MB, 7 * MB)
+    full = v2(V2, maximum=512 * MB, used=512 * MB, active=400 * MB, unwritten=30 * MB)
+    it = seen({**trees.DOCKER_V2, **full})
+    assert it.read().uncertain_bytes == 30 * MB
+    assert (it.headroom(), it.gauge.uncertain) == (370 * MB, 30 * MB)
+    it.change({"/proc/meminfo": trees.meminfo(available=390 * MB)})
+    assert it.read().uncertain_bytes == 20 * MB
+    assert (it.headroom(), it.gauge.uncertain) == (370 * MB, 20 * MB)
     it.change({"/proc/meminfo": trees.meminfo(available=300 * MB)})
     assert it.read().uncertain_bytes == 0
     assert (it.headroom(), it.gauge.uncertain) == (300 * MB, 0)
