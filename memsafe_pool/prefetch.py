@@ -25,9 +25,10 @@ What waits takes memory too: the message, and its decoded arguments. So few mess
 before it is known how large they are, twice as many each time that so many have come, and never
 so many that those that wait would take more than a share of the budget. See :class:`Window`.
 
-What it does not do: tasks with an ETA in the future, and tasks that wait for a rate limit, stay
-where they are, however large they are. It needs Redis or RabbitMQ, without quorum queues: see
-:func:`obstacle`.
+What it does not do: tasks with an ETA in the future, and tasks that have a rate limit, stay
+where they are, however large they are. (The others of their name that wait for the limit stay in
+Celery, and those that came before them must not come after them.) It needs Redis or RabbitMQ,
+without quorum queues: see :func:`obstacle`.
 
 All of this runs in the thread of Celery's event loop.
 """
@@ -394,6 +395,8 @@ class Prefetch:
         for job, request in reversed(counted[1:]):
             if (job is not None and job.memory_tries) or upstream.is_revoked(request):
                 continue  # what was begun here is counted here; and what was revoked ends here
+            if upstream.has_rate_limit(consumer, request):
+                continue
             if job is None:
                 upstream.unqueue(consumer, request)
             else:

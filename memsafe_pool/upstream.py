@@ -203,6 +203,11 @@ def is_revoked(request: Any) -> bool:
     )
 
 
+def has_rate_limit(consumer: Any, request: Any) -> bool:
+    """Whether tasks of its name begin by a rate limit, so that others may wait in Celery for theirs."""
+    return bool(consumer.task_buckets.get(request.task_name))
+
+
 def is_cold_shutdown() -> bool:
     """Whether the worker shuts down without waiting for tasks."""
     return worker_state.should_terminate not in {None, False}

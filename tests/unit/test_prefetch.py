@@ -25,6 +25,7 @@ from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 from kombu.asynchronous.timer import Timer
 from kombu.common import QoS
 from kombu.transport import virtual
+from kombu.utils.limits import TokenBucket
 
 from memsafe_pool import prefetch, upstream
 from memsafe_pool.job import Job
@@ -655,6 +656,29 @@ def test_what_the_broker_does_not_count_is_not_the_one_that_stays(channel, monke
         assert [request.message.task for request in worker.requests() if request] == [first]
         assert list(worker.queue) == others
         assert len(worker.gave) <= len(others)
+    finally:
+        worker_state.reset_state()
+
+
+def test_tasks_with_a_rate_limit_stay(monkeypatch):
+    """Others of their name wait in Celery for their turn: they would be run before those that went back."""
+    worker = Worker(RedisChannel, 4, 4, semaphore=True)
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(monotonic=lambda: worker.now))
+    monkeypatch.setattr(Worker, "task_buckets", {"early": TokenBucket(20), "late": None})
+    worker.children = 0
+    worker.tasks = [Task(late=number % 2 == 0, waits=False) for number in range(8)]
+    worker.queue.extend(worker.tasks)
+    first, *others = worker.tasks
+    try:
+        while worker.queue:
+            worker.turn()
+        worker.short = True
+        for _ in range(20):
+            worker.now += RETRY_SECONDS
+            worker.turn()
+            worker.follow()
+        assert [request.message.task for request in worker.requests()] == [first, *others[::2]]
+        assert list(worker.queue) == others[1::2]
     finally:
         worker_state.reset_state()
 
