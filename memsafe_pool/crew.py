@@ -64,7 +64,7 @@ class Listener(Protocol):
         as memory was out.
         """
 
-    def on_hopeless(self, reason: str) -> None:
+    def stop_worker(self, reason: str) -> None:
         """Act on it that no child can be started, now or later."""
 
     def on_fall_back(self) -> None:
@@ -176,7 +176,7 @@ class Crew:
     def fall_back(self, why: str, waiting: Sequence[tuple[Child, socket.socket]]) -> None:
         """Start children by spawn from now on, these first."""
         if self._origin.app_name is None:
-            self._listener.on_hopeless(f"{why} But a fresh interpreter can not import the app")
+            self._listener.stop_worker(f"{why} But a fresh interpreter can not import the app")
             for child, sock in waiting:
                 sock.close()
                 self.start_failed(child, why)

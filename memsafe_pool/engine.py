@@ -34,7 +34,8 @@ from memsafe_pool.job import Job, lost
 from memsafe_pool.ledger import Account, Ledger
 from memsafe_pool.loop import LoopThread, Mailbox, run_until
 from memsafe_pool.prefetch import Prefetch
-from memsafe_pool.reservations import LITTLE_BYTES, after_loss
+from memsafe_pool.reservations import after_loss
+from memsafe_pool.scheduler import RETRY_SECONDS, TICK_SECONDS, Scheduler
 from memsafe_pool.settings import mib
 from memsafe_pool.steward import Steward
 from memsafe_pool.supervisor import Supervisor
@@ -42,7 +43,6 @@ from memsafe_pool.time_limits import TimeLimits
 
 if TYPE_CHECKING:
     from memsafe_pool.recycle import Rules
-    from memsafe_pool.room import Look
     from memsafe_pool.start import Origin, Owner, StartMethod
     from memsafe_pool.steward import MemoryTerms
 
@@ -50,14 +50,8 @@ __all__ = ["Engine"]
 
 logger = get_logger(__name__)
 
-#: Seconds between looks at the clock for idle children, late starts and late exits.
-TICK_SECONDS = 1.0
-
 #: Seconds after SIGTERM until SIGKILL for a child whose hard time limit has passed, as in billiard.
 HARD_LIMIT_SECONDS = 0.1
-
-#: Seconds between looks at memory while a task waits for it.
-RETRY_SECONDS = 0.1
 
 #: A job that was with so many children that ended before they began it counts as lost.
 MAX_TRIES = 3
@@ -68,9 +62,6 @@ HAND_OVER_SECONDS = 1.0
 
 #: Acknowledgements wait for the next round of Celery's loop, which is less than so many seconds away.
 ACKNOWLEDGED_SECONDS = 0.05
-
-#: A look at memory is too old to end a task by after so many seconds: twice as many as pass until the next.
-STALE_SECONDS = 1.0
 
 
 class Engine:
@@ -126,7 +117,7 @@ class Engine:
             self.waiting,
             starting_bytes=lambda forked: self.ledger.coming_bytes(self.room.child_bytes, forked=forked),
             on_pause=lambda *change: self._mailbox.post(self._on_pause, *change),
-            on_stuck=lambda look: self._mailbox.post(self._on_stuck, look),
+            on_stuck=lambda look: self._mailbox.post(self.scheduler.stuck, look),
             on_limit=lambda *passed: self._mailbox.post(self._on_memory_limit, *passed),
         )
         self.room, self.sizes = self.steward.room, self.steward.sizes
@@ -143,15 +134,11 @@ class Engine:
         )
         self.ledger = Ledger(self.fleet)
         self._first_runs = recycle.FirstRuns()
-        self._victim: Child | None = None
-        self._victim_left = float("-inf")
         self.supervisor = Supervisor(
             self.fleet, self.waiting, self.room, bound=bound, cores=memory.cores, rules=rules, **others
         )
         self.prefetch = Prefetch(self.waiting, self._drop, lambda: self.room.budget)
-        self._events: deque[events.Event] = deque()
-        self._actions: deque[events.Action] = deque()
-        self._deciding = False
+        self.scheduler = Scheduler(self, self.supervisor, self.waiting, time.monotonic)
         self._share_budget()
 
     # -- life
@@ -193,7 +180,7 @@ class Engine:
             # The best guess until there is one: it imports what the worker has imported.
             self.steward.learn_start(account.worker)
         self.steward.announce(account.total, self.supervisor.bound)
-        self._decide(events.Tick())
+        self.scheduler.decide(events.Tick())
         self._check_closed()
 
     def close(self) -> None:
@@ -229,6 +216,7 @@ class Engine:
         if self._closed.is_set() or state <= self.state:
             return
         self.state = state
+        self.scheduler.stopped = True  # nobody is started or retired any more: all leave
         self._discard_waiting()
         self.crew.stop(terminate=state == upstream.TERMINATE)
         self._check_closed()
@@ -291,35 +279,13 @@ class Engine:
     def _submit(self, job: Job) -> None:
         self.jobs[job.id] = job
         self.sizes.size_up(job)
-        job.since = time.monotonic()
-        if not self.waiting and not self._deciding and self.fleet.idle and self._admit(job):
-            self._begin(self.fleet.idle.pop(), job)
-        else:
-            self.waiting.append(job)
-            self._decide(events.Waiting())
+        self.scheduler.submit(job)
 
-    def _admit(self, job: Job) -> bool:
-        """Whether a job that nobody waits before may begin at once; False means that it has to be decided."""
-        if self.steward.shared and job.estimate.reserved > LITTLE_BYTES:
-            return False  # what is free has to be looked at, and to be spent by one worker at a time
-        return self.supervisor.admit(job, time.monotonic())
-
-    def _give_again(self, job: Job) -> None:
-        """Find another child for a job, before all others."""
-        self.waiting.appendleft(job)
-        self._decide(events.Waiting())
-
-    def _begin(self, child: Child, job: Job) -> None:
-        """Give an admitted job to a child that has none, and is not in the stack of idle ones."""
-        child.state = State.BUSY
+    def give(self, child: Child, job: Job) -> None:
+        """Give an admitted job to a child that has none."""
         data = self._prepare(job, child)
         if data is None:
-            self.supervisor.ended(job)
-            if self.state != upstream.RUN:
-                self.crew.let_go(child)
-                return
-            self._rest(child)
-            self._decide(events.Waiting())
+            self.scheduler.declined(child, job)
             return
         child.job, job.child = job, child
         self.tasks += 1
@@ -329,7 +295,7 @@ class Engine:
             child.job = job.child = None
             self._released(child, job)
             self.crew.cut_off(child)
-            self._give_again(job)
+            self.scheduler.give_again(job)
 
     def _released(self, child: Child, job: Job) -> None:
         """Take back what was set aside for a job that a child has no more."""
@@ -517,8 +483,7 @@ class Engine:
         child.was_ready = True
         self.fleet.starting_children.discard(child)
         if self.state == upstream.RUN and not child.outdated:
-            self._rest(child)
-            self._decide(events.Up())
+            self.scheduler.up(child)
         else:
             self.crew.let_go(child)
 
@@ -545,53 +510,20 @@ class Engine:
             if child.job_terminated:
                 self.crew.let_go(child)  # the signal that was meant for this job may still arrive
             else:
-                self._next(child)
+                self.scheduler.free(child)
         self._finish(job, succeeded, value)
-
-    def _next(self, child: Child) -> None:
-        """Let a child without a job have one, be idle, or go."""
-        if self.state != upstream.RUN:
-            self.crew.let_go(child)
-            return
-        if (
-            self.supervisor.watches_tasks
-            or child.outdated
-            or child.growth_bytes > recycle.LEAST_PRESSED_BYTES
-        ):
-            self._decide(events.Done(child))
-            if child.state is State.LEAVING:
-                return
-        self.steward.resize_waiting()
-        # What is decided already may be the same: then it is not to be admitted again.
-        if self.waiting and not self._deciding and self._admit(self.waiting[0]):
-            self._begin(child, self.waiting.popleft())
-            return
-        self._rest(child)
-        if self.waiting:
-            self._decide(events.Waiting())
-
-    def _rest(self, child: Child) -> None:
-        child.state = State.IDLE
-        child.idle_since = time.monotonic()
-        self.fleet.idle.append(child)
 
     def on_gone(self, child: Child, exitcode: int | None, *, failed: bool, by_kernel: bool) -> None:
         """Act on a child's end."""
-        if child is self._victim:
-            self._victim, self._victim_left = None, time.monotonic()
+        self.scheduler.gone(child)
         job, child.job = child.job, None
         if job is not None:
             self.supervisor.ended(job)
             self._on_job_left(child, job, exitcode, by_kernel=by_kernel)
         # Memory was out, which says nothing of the app: it is tried again, but not at once.
         shortage = child.failure if failed and child.shortage else None
-        self._decide(events.Gone(failed, child.born, child, failed and by_kernel, shortage))
+        self.scheduler.decide(events.Gone(failed, child.born, child, failed and by_kernel, shortage))
         self._check_closed()
-
-    def on_hopeless(self, reason: str) -> None:
-        """Stop the worker: no child can be started, now or later."""
-        logger.critical("Stopping the worker: %s.", reason)
-        upstream.stop_worker(os.EX_SOFTWARE)
 
     def on_fall_back(self) -> None:
         """Expect a child to take what the worker takes, as with spawn, and say what fits now."""
@@ -619,7 +551,7 @@ class Engine:
         else:
             job.tries += 1
             job.leave()
-            self._give_again(job)
+            self.scheduler.give_again(job)
 
     def _leave_to_broker(self, job: Job) -> None:
         self._give_up(job)
@@ -661,33 +593,7 @@ class Engine:
             job.resume(at)
             logger.info("%s goes on in %s", job, child)
         self._time_limits.watch(job)
-        self._decide(events.Tick())
-
-    def _look(self) -> None:
-        """Look at memory, and decide what follows."""
-        actions = self._actions
-
-        def decide(look: Look) -> None:
-            actions.extend(self.supervisor.handle(events.Looked(look), time.monotonic()))
-
-        def starting() -> int:
-            starts = sum(action.count for action in actions if isinstance(action, events.Start))
-            return self.fleet.starting + starts
-
-        self.steward.look(decide, starting)
-
-    def _on_stuck(self, look: Look) -> None:
-        if self._victim is not None or look.at < self._victim_left:
-            return  # somebody is about to make room, or has made some since
-        if time.monotonic() - look.at > STALE_SECONDS:
-            return  # if it is still so, that is said again
-        # Also when the pool is to end: it would not.
-        for action in self.supervisor.handle(events.Stuck(look), time.monotonic()):
-            match action:
-                case events.Kill(task, reason):
-                    self._end_for_memory(cast("Job", task), reason)
-                case events.Retire(child, reason):
-                    self._retire(cast("Child", child), reason)
+        self.scheduler.decide(events.Tick())
 
     def _on_memory_limit(self, child: Child, job: Job, soft: bool, grown: int) -> None:
         """Act on it that a job has taken more than its own limit."""
@@ -698,21 +604,21 @@ class Engine:
             child.signal(signal.SIGUSR2)
         else:
             job.alone = True  # more room would not help
-            self._end_for_memory(job, f"its own limit is {mib(job.hard_limit or 0)} (memsafe_hard_limit)")
+            self.scheduler.kill(job, f"its own limit is {mib(job.hard_limit or 0)} (memsafe_hard_limit)")
 
-    def _end_for_memory(self, job: Job, reason: str) -> None:
-        """End the child that runs a job, as memory is out."""
+    def kill(self, job: Job, reason: str) -> Child | None:
+        """End the child that runs a job, as memory is out, and return it."""
         child = job.child
         if child is None or job.done or child.state is not State.BUSY:
-            return
+            return None
         child.memory_error = (
             f"{job.name} had taken {mib(job.grown)} beyond what its child had, with "
             f"{mib(job.estimate.reserved)} set aside for it: {reason}. {self.steward.describe()}"
         )
         self.kills += 1
-        self._victim = child
         logger.error("Ending %s in %s: %s", job, child, child.memory_error)
         self.crew.kill(child, signal.SIGKILL)
+        return child
 
     def _out_of_memory(self, child: Child, job: Job, *, by_kernel: bool) -> str | None:
         """Return why a child has ended, if that was for want of memory."""
@@ -745,41 +651,35 @@ class Engine:
             job.since = time.monotonic()
             self.redelivered += 1
             logger.warning("%s is run again%s: %s", job, " alone" * job.alone, reason)
-            self._give_again(job)
+            self.scheduler.give_again(job)
             return
         text = f"{reason} Job: {job.id}."
         if exitcode is not None:
             text = f"{upstream.human_status(exitcode)}: {text}"
         self._fail(job, child, upstream.failed(MemoryLimitExceeded(text)), final=True)
 
-    # -- decisions
+    # -- what is decided, see ``scheduler.Actor``
 
-    def _decide(self, event: events.Event) -> None:
-        """Tell the supervisor, and do what it says; one event after the other."""
-        if self.state != upstream.RUN:
-            return  # nobody is started or retired any more: all leave
-        self._events.append(event)
-        if self._deciding:
-            return
-        self._deciding = True
-        try:
-            looked = False
-            while (self._events or self._actions) and self.state == upstream.RUN:
-                # What was decided is done before anything else is: it would be decided again.
-                if self._actions:
-                    self._act(self._actions.popleft())
-                elif self.steward.shared and not looked and isinstance(self._events[0], events.Waiting):
-                    self._look()  # others may have spent what was free
-                    looked = True
-                else:
-                    event = self._events.popleft()
-                    self._actions.extend(self.supervisor.handle(event, time.monotonic()))
-                    looked = False
-        finally:
-            self._deciding = False
+    @property
+    def shares(self) -> bool:
+        """Whether other workers spend the same memory."""
+        return self.steward.shared
+
+    def look(self) -> None:
+        """Look at memory, and decide what follows, while no other worker does."""
+        self.steward.look(self.scheduler.saw, lambda: self.scheduler.coming)
+
+    def size_up_waiting(self) -> None:
+        """Size waiting jobs anew when more is known than when they came."""
+        self.steward.resize_waiting()
+
+    def decided(self) -> None:
+        """Have the prefetch follow."""
         self.prefetch.follow(blocked=self.supervisor.short)
-        if self.supervisor.blocked is not None and self._retry_entry is None:
-            # Others' memory may come back without a word to us.
+
+    def retry_later(self) -> None:
+        """Look at memory again in a moment."""
+        if self._retry_entry is None:
             self._retry_entry = self.crew.hub.call_later(RETRY_SECONDS, self._mailbox.post, self._retry)
 
     def _retry(self) -> None:
@@ -787,34 +687,30 @@ class Engine:
         blocked = cast("Job | None", self.supervisor.blocked)
         if blocked is not None and blocked in self.waiting and blocked.discard_revoked():
             self._drop(blocked)  # it would hold up the others until there is room for it
-        self._decide(events.Waiting())
+        self.scheduler.decide(events.Waiting())
 
-    def _act(self, action: events.Action) -> None:
-        match action:
-            case events.Give(task):
-                self._give(cast("Job", task))
-            case events.Start(count):
-                self._start(count)
-            case events.Measure():
-                self._look()
-            case events.Retire(child, reason):
-                self._retire(cast("Child", child), reason)
-            case events.Kill(task, reason):
-                self._end_for_memory(cast("Job", task), reason)
-            case events.Say(shortage):
-                _say(shortage)
-            case events.StopWorker(reason):
-                self.on_hopeless(reason)
+    def dismiss(self, child: Child) -> None:
+        """Let a child go that has no job."""
+        self.crew.let_go(child)
 
-    def _give(self, job: Job) -> None:
-        """Give a waiting job, which is admitted, to an idle child; things may have changed meanwhile."""
-        if job not in self.waiting or not self.fleet.idle:
-            self.supervisor.ended(job)
+    def say(self, shortage: str | None) -> None:
+        """Say that the system has no room for more children, or has again."""
+        if shortage is None:
+            logger.info("There is room for more children again.")
             return
-        self.waiting.remove(job)
-        self._begin(self.fleet.idle.pop(), job)
+        logger.warning(
+            "The system has no room for more children (%s). Those that are there go on, others are tried "
+            "from time to time.",
+            shortage,
+        )
 
-    def _retire(self, child: Child, reason: str) -> None:
+    def stop_worker(self, reason: str) -> None:
+        """Stop the worker: no child can be started, now or later."""
+        logger.critical("Stopping the worker: %s.", reason)
+        upstream.stop_worker(os.EX_SOFTWARE)
+
+    def retire(self, child: Child, reason: str) -> None:
+        """Let a child go that has no job."""
         if child.job is None and child.state in {State.IDLE, State.BUSY}:
             logger.debug("Retiring %s: %s", child, reason)
             self.retired += 1
@@ -824,7 +720,8 @@ class Engine:
             self.retired += 1
             self.crew.kill(child, signal.SIGKILL)  # it does not listen yet
 
-    def _start(self, count: int) -> None:
+    def start(self, count: int) -> None:
+        """Start so many children."""
         for _ in range(count):
             try:
                 self.crew.start()
@@ -832,7 +729,7 @@ class Engine:
                 shortage = f"no socket for it: {exc.strerror}" if scarcity.is_shortage(exc) else None
                 if shortage is None:
                     logger.error("A child could not be started: %s", exc)  # noqa: TRY400 - this says all
-                self._decide(events.Gone(failed=True, born=time.monotonic(), shortage=shortage))
+                self.scheduler.decide(events.Gone(failed=True, born=time.monotonic(), shortage=shortage))
                 return
 
     def _tick(self) -> None:
@@ -842,7 +739,7 @@ class Engine:
         self.watch.start()  # there may not have been room for its thread
         if self.steward.tick(self.ledger, self.forkserver):
             self._share_budget()
-        self._decide(events.Tick())
+        self.scheduler.decide(events.Tick())
         self.prefetch.tick()
         self._check_closed()
         self._mailbox.failed = False  # all goes on as it should
@@ -854,7 +751,7 @@ class Engine:
     def _restart(self) -> None:
         if self.state == upstream.RUN:
             self.crew.renew()
-            self._decide(events.Outdated())
+            self.scheduler.decide(events.Outdated())
 
     def grow(self, count: int = 1) -> None:
         """Raise the upper bound of the number of children."""
@@ -872,7 +769,7 @@ class Engine:
                     self._semaphore.grow()
                 else:
                     self._semaphore.shrink()
-        self._decide(events.Resized(bound))
+        self.scheduler.decide(events.Resized(bound))
         self._share_budget()
 
     @property
@@ -884,17 +781,6 @@ class Engine:
     def _state(self) -> int:
         """The state under the name that ``TaskPool.on_stop`` reads."""
         return self.state
-
-
-def _say(shortage: str | None) -> None:
-    if shortage is None:
-        logger.info("There is room for more children again.")
-    else:
-        logger.warning(
-            "The system has no room for more children (%s). Those that are there go on, others are tried "
-            "from time to time.",
-            shortage,
-        )
 
 
 def _raise(exc: Exception) -> None:

@@ -132,6 +132,11 @@ class Child:
         grown = self.report.private - self.first_private_bytes
         return self.report.kept - self.first_private_bytes - min(self.loaded_bytes, max(grown, 0))
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it was told or made to go."""
+        return self.state is State.LEAVING
+
     def signal(self, signum: int) -> bool:
         """Send a signal; return whether there was somebody to get it."""
         return bool(self.pid) and not self.reaped and signals.send(self.pid, self.sentinel, signum)
@@ -191,8 +196,19 @@ class Fleet:
         self.children.add(child)
         self.starting_children.add(child)
 
+    def take(self) -> Child:
+        """Return the idle child that was used last, which is busy from now on."""
+        child = self.idle.pop()
+        child.state = State.BUSY
+        return child
+
+    def rest(self, child: Child, now: float) -> None:
+        """Enter a child as idle, at monotonic seconds ``now``."""
+        child.state, child.idle_since = State.IDLE, now
+        self.idle.append(child)
+
     def move(self, child: Child, state: State) -> None:
-        """Change a child's state, except between idle and busy, which the engine does itself."""
+        """Change a child's state, except between idle and busy."""
         if child.state is State.IDLE:
             self.idle.remove(child)
         self.starting_children.discard(child)

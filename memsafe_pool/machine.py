@@ -1,7 +1,7 @@
 """A simulated machine: the pool's own rules, with tasks and memory that are only numbers.
 
-Supervisor, room, pauses and reservations are the real ones; what the engine, its crew and the watch
-do with processes is done here with a heap of events, in the same order. Between two events memory
+Scheduler, supervisor, room, pauses and reservations are the real ones; what the engine, its crew and the
+watch do with processes is done here with a heap of events. Between two events memory
 changes in straight lines, so peaks and the moment at which a limit is reached are exact. For
 ``simulate``, and for tests that search for what the rules do not think of.
 
@@ -24,15 +24,13 @@ from memsafe_pool import budget, events, recycle
 from memsafe_pool.pauses import Pauses, Sample
 from memsafe_pool.reservations import LITTLE_BYTES, UNKNOWN, Estimate, Reservations, after_loss
 from memsafe_pool.room import Look, Room, Seen
+from memsafe_pool.scheduler import RETRY_SECONDS, TICK_SECONDS, Scheduler
 from memsafe_pool.supervisor import Supervisor
 from memsafe_pool.watch import DOZE_SECONDS, STUCK_AGAIN_SECONDS
 
 __all__ = ["Counts", "Fleet", "Machine", "SimulatedChild", "Terms", "Work"]
 
 _MIB = 1 << 20
-
-#: As in the engine, which is not imported as it needs Celery.
-TICK_SECONDS, RETRY_SECONDS = 1.0, 0.1
 
 
 class Work:
@@ -174,6 +172,11 @@ class SimulatedChild:
         """What it has kept that another one would not."""
         return self.kept - self.loaded_bytes
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it was told or made to go."""
+        return self.state == "leaving"
+
 
 class Fleet:
     """All children, as ``fleet.Fleet``."""
@@ -193,6 +196,17 @@ class Fleet:
     def size(self) -> int:
         """Number of children that exist or are starting."""
         return len(self.children)
+
+    def take(self) -> SimulatedChild:
+        """Return the idle child that was used last, which is busy from now on."""
+        child = self.idle[-1]
+        self.move(child, "busy")
+        return child
+
+    def rest(self, child: SimulatedChild, now: float) -> None:
+        """Enter a child as idle, at ``now``."""
+        child.idle_since = now
+        self.move(child, "idle")
 
     def move(self, child: SimulatedChild, state: str) -> None:
         """Change a child's state."""
@@ -310,11 +324,9 @@ class Machine:
         self.pauses = Pauses(terms.cores, enabled=terms.pause)
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = count()
-        self._events: deque[events.Event] = deque()
-        self._actions: deque[events.Action] = deque()
-        self._deciding = self._retrying = False
+        self.scheduler = Scheduler(self, self.supervisor, self.waiting, lambda: self.now)
+        self._retrying = False
         self._first_runs = recycle.FirstRuns()
-        self._victim: SimulatedChild | None = None
         self._sized = self._expected = 0
         self._watched: dict[SimulatedChild, _Watched] = {}
         self._wakes_at, self._wake_version, self._stuck_at = 0.0, 0, float("-inf")
@@ -354,11 +366,11 @@ class Machine:
         """Have all children replaced."""
         for child in self.fleet.children:
             child.outdated = True
-        self._decide(events.Outdated())
+        self.scheduler.decide(events.Outdated())
 
     def resize(self, bound: int) -> None:
         """Change the number of children."""
-        self._decide(events.Resized(bound))
+        self.scheduler.decide(events.Resized(bound))
         self._set_budget(self.budget)
 
     def run(self, until: float = float("inf"), *, steps: int | None = None) -> int:
@@ -446,7 +458,8 @@ class Machine:
 
     # -- children
 
-    def _start(self, number: int) -> None:
+    def start(self, number: int) -> None:
+        """Start so many children."""
         for _ in range(number):
             self.counts.starts += 1
             taken = {child.index for child in self.fleet.children}
@@ -462,12 +475,7 @@ class Machine:
         if child.outdated:
             self._let_go(child)
             return
-        self._rest(child)
-        self._decide(events.Up())
-
-    def _rest(self, child: SimulatedChild) -> None:
-        child.idle_since = self.now
-        self.fleet.move(child, "idle")
+        self.scheduler.up(child)
 
     def _let_go(self, child: SimulatedChild) -> None:
         self._freeze(child)
@@ -491,8 +499,7 @@ class Machine:
         failed = child.state == "starting"
         self.fleet.move(child, "gone")
         self._unwatch(child)
-        if child is self._victim:
-            self._victim = None
+        self.scheduler.gone(child)
         run, child.run = child.run, None
         if run is not None:
             run.version += 1
@@ -501,24 +508,20 @@ class Machine:
             if not begun:
                 run.work.runs -= 1
                 run.work.began = run.work.began if run.work.runs else None
-                self._give_again(run.work)
+                self.scheduler.give_again(run.work)
             elif memory is None:
                 self._finish(run.work, "failed")
             else:
                 self._on_memory_lost(run.work, grown)
-        self._decide(events.Gone(failed, child.born, child, failed and memory is not None, shortage))
+        self.scheduler.decide(events.Gone(failed, child.born, child, failed and memory is not None, shortage))
 
     # -- tasks
 
     def _submit(self, work: Work) -> None:
         self.works.append(work)
         self._size_up(work)
-        work.arrived = work.since = self.now
-        if not self.waiting and self.fleet.idle and self.supervisor.admit(work, self.now):
-            self._begin(self.fleet.idle[-1], work)
-        else:
-            self.waiting.append(work)
-            self._decide(events.Waiting())
+        work.arrived = self.now
+        self.scheduler.submit(work)
 
     def _size_up(self, work: Work) -> None:
         if work.declared is not None:
@@ -526,17 +529,18 @@ class Machine:
         else:
             work.estimate = self.learned.estimate(work.name, work.label)
 
-    def _resize_waiting(self) -> None:
+    def size_up_waiting(self) -> None:
+        """Size waiting tasks anew when more is known than when they came."""
         if self._sized != self.learned.version:
             self._sized = self.learned.version
             for work in self.waiting:
                 if not work.tries:
                     self._size_up(work)
 
-    def _begin(self, child: SimulatedChild, work: Work) -> None:
+    def give(self, child: SimulatedChild, work: Work) -> None:
+        """Let a child begin a task."""
         if child.run is not None or work.outcome is not None:
             raise AssertionError(f"{work} is given to a child that is busy, or has ended")
-        self.fleet.move(child, "busy")
         work.runs += 1
         work.began = self.now if work.began is None else work.began
         child.run = _Run(work, self.now)
@@ -576,22 +580,8 @@ class Machine:
             self.room.child_bytes += (child.private_bytes - self.room.child_bytes) // 4
         self._unwatch(child)
         self.supervisor.ended(work)
-        self._next(child)
+        self.scheduler.free(child)
         self._finish(work, "done")
-
-    def _next(self, child: SimulatedChild) -> None:
-        grown = child.growth_bytes > recycle.LEAST_PRESSED_BYTES
-        if self.supervisor.watches_tasks or child.outdated or grown:
-            self._decide(events.Done(child))
-            if child.state == "leaving":
-                return
-        self._resize_waiting()
-        if self.waiting and self.supervisor.admit(self.waiting[0], self.now):
-            self._begin(child, self.waiting.popleft())
-            return
-        self._rest(child)
-        if self.waiting:
-            self._decide(events.Waiting())
 
     def _finish(self, work: Work, outcome: str) -> None:
         work.outcome, work.ended = outcome, self.now
@@ -608,13 +598,9 @@ class Machine:
         work.alone = work.tries >= self.terms.tries or work.estimate.reserved > self.budget.bytes
         work.since = self.now
         self.counts.redelivered += 1
-        self._give_again(work)
+        self.scheduler.give_again(work)
 
-    def _give_again(self, work: Work) -> None:
-        self.waiting.appendleft(work)
-        self._decide(events.Waiting())
-
-    # -- the engine's decisions
+    # -- what is decided, see ``scheduler.Actor``
 
     def _set_budget(self, found: budget.Budget) -> None:
         self.budget = found
@@ -627,77 +613,68 @@ class Machine:
     def _tick(self) -> None:
         if self.limit != self.budget.limit:
             self._set_budget(budget.find(self.terms.budget, self.limit))
-        self._decide(events.Tick())
+        self.scheduler.decide(events.Tick())
         self._call_at(self.now + TICK_SECONDS, self._tick)
 
-    def _decide(self, event: events.Event) -> None:
-        self._events.append(event)
-        if self._deciding:
-            return
-        self._deciding = True
-        while self._events or self._actions:
-            if self._actions:
-                self._act(self._actions.popleft())
-            else:
-                self._actions.extend(self.supervisor.handle(self._events.popleft(), self.now))
-        self._deciding = False
+    @property
+    def shares(self) -> bool:
+        """Nobody else spends this memory by looking at it first."""
+        return False
+
+    def decided(self) -> None:
+        """Take note of who waits for memory alone."""
         if self.supervisor.blocked is not None:
             free = len(self.fleet.idle) + max(self.supervisor.bound - self.fleet.size, 0)
             for work, _ in zip(self.waiting, range(free), strict=False):
                 work.held = True
-            if not self._retrying:
-                self._retrying = True
-                self._call_at(self.now + RETRY_SECONDS, self._retry)
+
+    def retry_later(self) -> None:
+        """Look at memory again in a moment."""
+        if not self._retrying:
+            self._retrying = True
+            self._call_at(self.now + RETRY_SECONDS, self._retry)
 
     def _retry(self) -> None:
         self._retrying = False
-        self._decide(events.Waiting())
+        self.scheduler.decide(events.Waiting())
 
-    def _act(self, action: events.Action) -> None:
-        match action:
-            case events.Give(task):
-                self._give(cast("Work", task))
-            case events.Start(number):
-                self._start(number)
-            case events.Measure():
-                self._measure()
-            case events.Retire(child):
-                self._retire(cast("SimulatedChild", child))
-            case events.Kill(task):
-                self._kill(cast("Work", task))
-            case events.StopWorker(reason):
-                self.ended_by = reason
+    def dismiss(self, child: SimulatedChild) -> None:
+        """Let a child go: the worker never stops here."""
+        self._let_go(child)
 
-    def _give(self, work: Work) -> None:
-        if work not in self.waiting or not self.fleet.idle:
-            self.supervisor.ended(work)
-            return
-        self.waiting.remove(work)
-        self._begin(self.fleet.idle[-1], work)
+    def say(self, shortage: str | None) -> None:
+        """Nobody listens."""
 
-    def _retire(self, child: SimulatedChild) -> None:
+    def stop_worker(self, reason: str) -> None:
+        """End the simulation."""
+        self.ended_by = reason
+
+    def retire(self, child: SimulatedChild, reason: str) -> None:
+        """Let a child go that runs nothing."""
         if child.run is None and child.state in {"starting", "idle", "busy"}:
             self.counts.retired += 1
             self._let_go(child)
 
-    def _kill(self, work: Work) -> None:
+    def kill(self, work: Work, reason: str) -> SimulatedChild | None:
+        """End the child that runs a task, and return it."""
         for child in self.fleet.children:
             if child.run is not None and child.run.work is work and child.state == "busy":
                 self.counts.killed += 1
-                self._victim = child
                 self._freeze(child)
                 self._call_at(self.now + self.terms.exit_seconds, self._gone, child, "the pool")
-                return
+                return child
+        return None
 
-    def _measure(self) -> None:
+    def look(self) -> None:
+        """Look at memory, and decide what follows."""
         self._read()
         look = self._look()
         for seen in look.running:
             work = cast("Work", seen.task)
             if seen.grown > work.estimate.reserved:
                 work.estimate = self.learned.rise(work.name, work.label, work.estimate, seen.grown)
-        self._resize_waiting()
-        self._actions.extend(self.supervisor.handle(events.Looked(look), self.now))
+        self.size_up_waiting()
+        self.scheduler.saw(look)
 
     # -- the watch
 
@@ -764,11 +741,10 @@ class Machine:
         stuck = decision.stuck and self.now - self._stuck_at > STUCK_AGAIN_SECONDS
         look = self._look() if stuck else None
         if changed:
-            self._decide(events.Tick())
+            self.scheduler.decide(events.Tick())
         if look is not None:
             self._stuck_at = self.now
-            if self._victim is None:
-                self._decide(events.Stuck(look))
+            self.scheduler.stuck(look)
 
     def _signal(self, child: SimulatedChild, *, going: bool) -> None:
         run = child.run

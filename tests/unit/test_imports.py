@@ -36,6 +36,7 @@ PURE = [
     "reservations",
     "rlimit",
     "room",
+    "scheduler",
     "settings",
     "signals",
     "simulate",
@@ -46,7 +47,7 @@ PURE = [
 ]
 
 #: The modules that decide: they are told what is, and say what to do.
-DECIDING = ["budget", "events", "pauses", "recycle", "reservations", "room", "supervisor"]
+DECIDING = ["budget", "events", "pauses", "recycle", "reservations", "room", "scheduler", "supervisor"]
 
 #: The worker's side; a child has none of it.
 WORKER_SIDE = {
@@ -70,6 +71,7 @@ WORKER_SIDE = {
     "recycle",
     "reservations",
     "room",
+    "scheduler",
     "signals",
     "simulate",
     "sizes",

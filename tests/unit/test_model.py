@@ -184,11 +184,11 @@ class Watched(Machine):
             self.since[child.run.work] = self.now
         super()._gone(child, *arguments, **options)
 
-    def _begin(self, child, work):
+    def give(self, child, work):
         for other in self.waiting:
             self.check_passed(work, other)
         assert set(self.runs.get(work, ())) <= self.lost | self.unbegun, f"{work} runs again without need"
-        super()._begin(child, work)
+        super().give(child, work)
         self.tried_at = self.now
         self.runs.setdefault(work, []).append(child.run)
 
@@ -203,12 +203,12 @@ class Watched(Machine):
         patience = self.terms.others["patience"]
         assert not is_its_turn(self.now - self.since[other], patience), f"{work} has passed {other}"
 
-    def _retire(self, child):
+    def retire(self, child, reason):
         assert child.run is None, "a child was to go that runs a task"
         assert child.state in {"starting", "idle", "busy"}, "a child was to go twice"
-        super()._retire(child)
+        super().retire(child, reason)
 
-    def _kill(self, work):
+    def kill(self, work, reason):
         running = {child.run.work: child.run for child in self.fleet.children if child.state == "busy"}
         assert work in running, "a task was to be ended that does not run"
         assert not any(run.going for run in running.values()), "a task was ended while another could go on"
@@ -216,7 +216,7 @@ class Watched(Machine):
         least = max(LEAST_SHARE * self.budget.ceiling, LEAST_BYTES)
         assert left <= least + SHORTEST * FAST, "a task was ended while one of them could go on"
         self.lost.add(running[work])
-        super()._kill(work)
+        return super().kill(work, reason)
 
     def crash(self, child, *, begun=True):
         if child.run is not None:

@@ -10,11 +10,9 @@ from collections import deque
 import pytest
 
 from memsafe_pool.events import (
-    Done,
     Give,
     Gone,
     Kill,
-    Looked,
     Measure,
     Outdated,
     Resized,
@@ -31,6 +29,7 @@ from memsafe_pool.machine import Fleet, SimulatedChild, Work
 from memsafe_pool.recycle import Rules
 from memsafe_pool.reservations import Estimate
 from memsafe_pool.room import Look, Room, Seen
+from memsafe_pool.scheduler import Scheduler
 from memsafe_pool.supervisor import (
     AMPLE_BYTES,
     BACKOFF_SECONDS,
@@ -58,12 +57,23 @@ def task(reserved=1, most=None, *, name="add", alone=False, redeliverable=True):
     return work
 
 
+class Recorded(Scheduler):
+    """Keeps what was decided, but for looks at memory."""
+
+    def _act(self, action):
+        if not isinstance(action, Measure):
+            self.actions.append(action)
+        super()._act(action)
+
+
 class Pool:
-    """What the engine does, without processes: it carries the supervisor's decisions out at once.
+    """The scheduler's actor, without processes: what is decided is done at once, in lists.
 
     Unless it is ``cold`` a child was ready before, so that what one costs is known.
     ``used`` is what memory is found to be used, in MiB, when it is looked at; ``grown`` of that by each task.
     """
+
+    shares = False
 
     def __init__(self, *, budget=1000 * GIB, child=0, cold=False, **options):
         self.fleet = Fleet()
@@ -76,6 +86,7 @@ class Pool:
         self.grown = {}
         self.running = {}
         self.stopped = False
+        self.scheduler = Recorded(self, self.supervisor, self.waiting, lambda: self.now)
         if not cold:
             self.supervisor.handle(Up(), self.now)
 
@@ -91,74 +102,62 @@ class Pool:
     def busy(self):
         return [child for child in self.fleet.children if child.state == "busy"]
 
+    # -- what is decided
+
     def look(self):
         seen = [Seen(work, self.grown.get(work, 0) * MIB) for work in self.running.values()]
-        return Look(self.now, self.room.budget - self.used * MIB, seen)
+        self.scheduler.saw(Look(self.now, self.room.budget - self.used * MIB, seen))
+
+    def start(self, count):
+        for _ in range(count):
+            self.fleet.move(SimulatedChild(self.fleet.size, self.now, 0), "starting")
+
+    def give(self, child, work):
+        self.running[child] = work
+
+    def retire(self, child, reason):
+        assert child not in self.running
+        self.fleet.move(child, "leaving")
+
+    def kill(self, work, reason):
+        """It is told; nothing ends by itself here."""
+
+    def stop_worker(self, reason):
+        self.stopped = True
+
+    def nothing(self, *_):
+        pass
+
+    dismiss = say = size_up_waiting = decided = retry_later = nothing
+
+    # -- what happens
+
+    def told(self, happens, *arguments):
+        """Return what was decided when this happens."""
+        self.scheduler.actions = []
+        happens(*arguments)
+        return self.scheduler.actions
 
     def decide(self, event):
-        """Return what was decided, but for looks at memory."""
-        actions, told = deque(self.supervisor.handle(event, self.now)), []
-        while actions:
-            action = actions.popleft()
-            if isinstance(action, Measure):
-                actions.extend(self.supervisor.handle(Looked(self.look()), self.now))
-                continue
-            told.append(action)
-            if isinstance(action, Start):
-                for _ in range(action.count):
-                    child = SimulatedChild(self.fleet.size, self.now, 0)
-                    self.fleet.move(child, "starting")
-            elif isinstance(action, Give):
-                self.waiting.remove(action.task)
-                self.begin(self.fleet.idle[-1], action.task)
-            elif isinstance(action, Retire):
-                assert action.child not in self.running
-                self.fleet.move(action.child, "leaving")
-            elif isinstance(action, StopWorker):
-                self.stopped = True
-        return told
-
-    def begin(self, child, work):
-        self.fleet.move(child, "busy")
-        self.running[child] = work
+        return self.told(self.scheduler.decide, event)
 
     def submit(self, work=None):
         """A task arrives."""
-        work = work or task()
-        work.since = self.now
-        if not self.waiting and self.fleet.idle and self.supervisor.admit(work, self.now):
-            self.begin(self.fleet.idle[-1], work)
-            return []
-        self.waiting.append(work)
-        return self.decide(Waiting())
+        return self.told(self.scheduler.submit, work or task())
 
     def burst(self, number):
         """So many tasks arrive at once."""
         self.waiting.extend(task() for _ in range(number))
         return self.decide(Waiting())
 
-    def next(self, child):
-        """A child that is in ``busy`` has no task any more."""
-        actions = self.decide(Done(child)) if self.supervisor.watches_tasks else []
-        if child.state == "leaving":
-            return actions
-        if self.waiting and self.supervisor.admit(self.waiting[0], self.now):
-            self.begin(child, self.waiting.popleft())
-            return actions
-        self.fleet.move(child, "idle")
-        child.idle_since = self.now
-        return actions + (self.decide(Waiting()) if self.waiting else [])
-
     def up(self, child):
-        self.fleet.move(child, "idle")
-        child.idle_since = self.now
-        return self.decide(Up())
+        return self.told(self.scheduler.up, child)
 
     def done(self, child, private_bytes=0):
         child.tasks += 1
         child.kept = private_bytes
         self.supervisor.ended(self.running.pop(child))
-        return self.next(child)
+        return self.told(self.scheduler.free, child)
 
     def gone(self, child, shortage=None):
         failed = child.state == "starting"
