@@ -135,6 +135,16 @@ class Job:
         return upstream.request_of(self._callbacks[1])
 
     @property
+    def task_id(self) -> str | None:
+        """Celery's id of the task."""
+        return None if self.request is None else str(self.request.id)
+
+    @property
+    def parent_id(self) -> str | None:
+        """The id of the task that has sent it, or None."""
+        return None if self.request is None else self.request.parent_id
+
+    @property
     def redeliverable(self) -> bool:
         """Whether the task may be run again after it was ended in the middle: it is acknowledged late."""
         return bool(self.request is not None and self.request.task.acks_late)

@@ -23,6 +23,7 @@ from typing import Any, cast
 from memsafe_pool import budget, events, recycle
 from memsafe_pool.pauses import Pauses, Sample
 from memsafe_pool.reservations import LITTLE_BYTES, UNKNOWN, Estimate, Reservations, after_loss
+from memsafe_pool.rest import Rest
 from memsafe_pool.room import Look, Room, Seen
 from memsafe_pool.scheduler import RETRY_SECONDS, TICK_SECONDS, Scheduler
 from memsafe_pool.supervisor import Supervisor
@@ -44,11 +45,13 @@ class Work:
         label: What else its size is known by, or None.
         redeliverable: Whether it may be run again after it was ended in the middle.
         hangs: Whether it stays at its last point for ever.
+        waits: Whether it uses no CPU where it takes no memory.
 
     Attributes:
         arrived, began, ended: When (seconds); None as long as it did not. ``began`` is the first time.
         outcome: ``"done"``, ``"failed"`` or None.
         runs: How often it began.
+        task_id, parent_id: Its id, and that of the task that has sent it.
         held: Whether it had to wait for memory when there was a child for it.
         paused_at: When it was paused (seconds), or None.
     """
@@ -62,9 +65,12 @@ class Work:
         label: str | None = None,
         redeliverable: bool = True,
         hangs: bool = False,
+        waits: bool = False,
     ) -> None:
         self.name, self.label, self.curve = name, label, tuple(curve)
-        self.declared, self.redeliverable, self.hangs = declared, redeliverable, hangs
+        self.declared, self.redeliverable, self.hangs, self.waits = declared, redeliverable, hangs, waits
+        self.task_id: str | None = None
+        self.parent_id: str | None = None
         self.estimate = UNKNOWN
         self.alone = False
         self.since = 0.0
@@ -132,6 +138,12 @@ class _Run:
     def slope(self) -> float:
         """Bytes per second, now."""
         return self._rate if self.going else 0.0
+
+    def cpu_seconds(self, now: float) -> float:
+        """What it has used, as far as that tells whether it uses some."""
+        if self.work.waits and not self._rate:
+            return self._start
+        return min(self.progress + (now - self.at if self.going else 0.0), self._end)
 
     def grown(self, now: float) -> float:
         progress = self.progress + (now - self.at if self.going else 0.0)
@@ -282,10 +294,11 @@ class Counts:
 class _Watched:
     """A running task, as the watch sees it."""
 
-    __slots__ = ("base", "growing", "grown", "work")
+    __slots__ = ("base", "growing", "grown", "rest", "work")
 
-    def __init__(self, work: Work, base: int) -> None:
+    def __init__(self, work: Work, base: int, now: float) -> None:
         self.work, self.base = work, base
+        self.rest = Rest(now)
         self.grown = 0
         self.growing = False
 
@@ -545,7 +558,7 @@ class Machine:
         work.began = self.now if work.began is None else work.began
         child.run = _Run(work, self.now)
         self._next_point(child, child.run)
-        self._watched[child] = _Watched(work, int(child.cost + child.kept))
+        self._watched[child] = _Watched(work, int(child.cost + child.kept), self.now)
         if work.estimate.reserved > LITTLE_BYTES or not work.estimate.known:
             self._hurry()
 
@@ -681,6 +694,10 @@ class Machine:
     def _read(self) -> None:
         for child, watched in self._watched.items():
             watched.grown = max(int(self._has(child)) - watched.base, 0)
+            if self.pauses.is_paused(watched.work):
+                watched.rest.wake(self.now, watched.grown)
+            elif watched.rest.is_due(self.now, watched.grown) and child.run is not None:
+                watched.rest.see(self.now, child.run.cpu_seconds(self.now))
 
     def _headroom(self) -> tuple[int, int]:
         """Return what is left until the budget's ceiling, and what is left of the budget."""
@@ -698,6 +715,7 @@ class Machine:
                 watched.grown,
                 growing=watched.growing,
                 paused=self.pauses.is_paused(watched.work),
+                resting=watched.rest.resting,
             )
             for watched in self._watched.values()
         ]
@@ -724,7 +742,10 @@ class Machine:
             self._sample_in(1.0)
             return
         self._read()
-        samples = [Sample(one.work, one.work.estimate, one.grown) for one in self._watched.values()]
+        samples = [
+            Sample(one.work, one.work.estimate, one.grown, resting=one.rest.resting)
+            for one in self._watched.values()
+        ]
         left = self._headroom()[0] - self._coming_bytes()
         decision = self.pauses.decide(self.now, left, self.budget.ceiling, samples)
         changed = False

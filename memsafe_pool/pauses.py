@@ -12,6 +12,8 @@ A paused task loses nothing: it goes on where it was when others have ended. The
   something until the next sample, and its speed is known. What the kernel may be able to take back is room
   for it alone: so the kernel has to find out, and nobody is ended for what may be free soon. If then nothing
   runs that could end, we are stuck, and say so: something has to be ended.
+* A task that rests (``rest``) is going to take nothing, and leads nobody. When it takes something after all,
+  it is the last of the line: whoever went on meanwhile is to end first.
 * Paused tasks go on, the oldest first, when what they may need fits again, the leader as soon as there is
   a little. All of them grew when they were stopped, so each may need what the largest of its kind did: it
   goes on by itself, and shows whether it does.
@@ -75,6 +77,7 @@ class Sample:
         grown: Bytes it has taken since it began.
         spared: Whether it is not to be stopped now.
         free: Bytes that its child had free before it began, at most, and which it need not take.
+        resting: See ``rest``.
     """
 
     task: Hashable
@@ -82,6 +85,7 @@ class Sample:
     grown: int
     spared: bool = False
     free: int = 0
+    resting: bool = False
 
 
 @dataclass(slots=True)
@@ -106,13 +110,26 @@ class Decision:
 class _Run:
     """What is remembered of one task."""
 
-    __slots__ = ("at", "began", "growing", "grown", "most", "need", "paused", "rate", "spared")
+    __slots__ = (
+        "at",
+        "began",
+        "growing",
+        "grown",
+        "most",
+        "need",
+        "paused",
+        "rate",
+        "resting",
+        "spared",
+        "turn",
+    )
 
     def __init__(self, now: float) -> None:
         self.began = self.at = now
         self.grown = self.most = self.need = 0
         self.rate = 0.0
-        self.growing = self.paused = self.spared = False
+        self.growing = self.paused = self.resting = self.spared = False
+        self.turn = 0  # the lowest goes first, of the same the oldest
 
     def see(self, sample: Sample, now: float, slow: float) -> None:
         """Take note of a sample; up to ``slow`` bytes per second are no growth."""
@@ -123,7 +140,9 @@ class _Run:
             self.rate = max(rate, self.rate * 0.5 ** (passed / HALF_LIFE))
         self.grown, self.at, self.spared = sample.grown, now, sample.spared
         self.growing = self.rate > slow
-        self.need = pending(sample.estimate, sample.grown, sample.free, growing=self.growing)
+        self.need = pending(
+            sample.estimate, sample.grown, sample.free, growing=self.growing, resting=sample.resting
+        )
         self.most = sample.estimate.most - sample.free
 
 
@@ -144,6 +163,7 @@ class Pauses:
         self._enabled = enabled
         self._runs: dict[Hashable, _Run] = {}
         self._no_room_since: float | None = None
+        self._last_turn = 0
 
     def is_paused(self, task: Hashable) -> bool:
         """Whether a task is stopped."""
@@ -155,6 +175,7 @@ class Pauses:
         run = self._runs.pop(task, None)
         if not self._runs:
             self._no_room_since = None
+            self._last_turn = 0
         return run is not None and run.paused
 
     def decide(
@@ -177,9 +198,15 @@ class Pauses:
             if run is None:
                 run = self._runs[sample.task] = _Run(now)
             run.see(sample, now, slow)
+            if run.resting and not sample.resting:
+                self._last_turn += 1
+                run.turn = self._last_turn
+            run.resting = sample.resting
             runs.append((sample.task, run))
             if run.growing and not run.paused:
                 decision.growing.add(sample.task)
+        if self._last_turn:
+            runs.sort(key=lambda pair: pair[1].turn)
         room = headroom - max(MARGIN_SHARE * limit, MARGIN_BYTES)
         leaders = headroom + uncertain - max(LEAST_SHARE * limit, LEAST_BYTES)
         if decision.growing and self._enabled:

@@ -227,12 +227,12 @@ def after_loss(estimate: Estimate, grown: int) -> Estimate:
     return Estimate(enough, enough, known=True)
 
 
-def pending(estimate: Estimate, grown: int, free: int = 0, *, growing: bool) -> int:
+def pending(estimate: Estimate, grown: int, free: int = 0, *, growing: bool, resting: bool = False) -> int:
     """Return how much more memory a running task is to be expected to take (bytes).
 
     What is left of its reservation. One that has gone over that and still grows may need what the largest
     of its kind did; and where none has ended that was as large, it may double: nobody knows, and it must be
-    no surprise.
+    no surprise. Nothing, while it rests: it may wait for somebody who waits for that memory.
 
     Arguments:
         estimate: What was known when it was admitted.
@@ -240,7 +240,10 @@ def pending(estimate: Estimate, grown: int, free: int = 0, *, growing: bool) -> 
         free: What its child had free before, at most: it need not take that, but may not have found it
             useful, so what it has grown by tells alone whether it has gone over.
         growing: Whether it took some of that just now.
+        resting: See ``rest``.
     """
+    if resting:
+        return 0
     left = max(estimate.reserved - grown - free, 0)
     if growing and grown > estimate.reserved:
         rest = max(estimate.most, estimate.ended) - grown

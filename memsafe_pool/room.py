@@ -48,6 +48,14 @@ class Task(Protocol):
     def redeliverable(self) -> bool:
         """Whether it may be run again after it was ended in the middle."""
 
+    @property
+    def task_id(self) -> str | None:
+        """Celery's id of it."""
+
+    @property
+    def parent_id(self) -> str | None:
+        """The id of the task that has sent it."""
+
     def __hash__(self) -> int: ...
 
 
@@ -56,7 +64,7 @@ class Seen:
     """A running task at one look: what it has taken since it began, and whether some of it just now.
 
     ``free`` is what its child had free before it began, at most: that counts as used, and is not to be set
-    aside once more.
+    aside once more. ``resting``: see ``rest``.
     """
 
     task: Task
@@ -64,6 +72,7 @@ class Seen:
     growing: bool = False
     paused: bool = False
     free: int = 0
+    resting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,7 @@ class Room:
         budget: What the pool may use.
         child_bytes: What a new child costs.
         running: What each task that was admitted and has not ended is still going to take.
+        rests: Whether there are tasks that run, and all of them rest.
     """
 
     def __init__(self, budget: int, child_bytes: int = 12 * _MIB) -> None:
@@ -101,6 +111,7 @@ class Room:
         self.headroom = budget
         self.others = 0
         self.grown: dict[Task, int] = {}
+        self.rests = False
         self._pending = 0
         self._reserve = 0
         self._alone: Task | None = None
@@ -109,6 +120,7 @@ class Room:
         """Set memory aside for a task that is admitted."""
         estimate = task.estimate
         self.running[task] = estimate.reserved
+        self.rests = False
         self._pending += estimate.reserved
         self._reserve = max(self._reserve, estimate.most - estimate.reserved)
         if task.alone:
@@ -124,6 +136,7 @@ class Room:
     def look(self, look: Look) -> None:
         """Take note of how things are."""
         self.headroom, self.others = look.headroom, look.others
+        self.rests = bool(look.running) and all(seen.resting for seen in look.running)
         reserve = 0
         for seen in look.running:
             task = seen.task

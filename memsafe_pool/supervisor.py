@@ -234,7 +234,7 @@ class Supervisor:
         For one that nobody is waiting before. False only means that :meth:`handle` has to be asked.
         """
         plan = _Plan()
-        if self._is_alone(plan) and self._lacks(task, now) > 0:
+        if self._waits_for_nobody(task, plan) and self._lacks(task, now) > 0:
             return False  # it will begin all the same, perhaps in a new child
         if self._fits(task, now, plan):
             self._begin(task, now)
@@ -306,11 +306,11 @@ class Supervisor:
     def _fits(self, task: Task, now: float, plan: _Plan) -> bool:
         """Whether a task may begin, beside what is planned."""
         return self._has_room(task, now, plan) and (
-            task.estimate.known or self._is_alone(plan) or self._may_try(task, now, plan.tries)
+            task.estimate.known or self._waits_for_nobody(task, plan) or self._may_try(task, now, plan.tries)
         )
 
     def _has_room(self, task: Task, now: float, plan: _Plan) -> bool:
-        if self._is_alone(plan):
+        if self._waits_for_nobody(task, plan):
             # Whatever it needs: there is nobody whose end could make room.
             return not self._needs_new_child(task, now)
         children = (self.fleet.starting + plan.starts) * self.room.child_bytes
@@ -329,8 +329,22 @@ class Supervisor:
     def _most_grown(self, trial: _Trial) -> int:
         return max(self.room.grown.get(task, 0) for task in trial.running)
 
-    def _is_alone(self, plan: _Plan) -> bool:
-        return self._nobody_else and not plan.tasks
+    def _waits_for_nobody(self, task: Task, plan: _Plan) -> bool:
+        """Whether there is nobody whose end would be worth waiting for."""
+        return not plan.tasks and (self._nobody_else or self._is_waited_for(task))
+
+    def _is_waited_for(self, task: Task) -> bool:
+        """Whether it may be this task that all that runs waits for: all rests, and it was sent from there.
+
+        It need not be as large as its like; if it is it will be paused. What it was said to need has to be
+        there.
+        """
+        room, estimate = self.room, task.estimate
+        if not room.rests or (estimate.known and not estimate.ended):
+            return False
+        if room.free <= room.child_bytes + TRIAL_BYTES or task.parent_id is None:
+            return False
+        return any(running.task_id == task.parent_id for running in room.running)
 
     @property
     def _nobody_else(self) -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from memsafe_pool import memory
 from memsafe_pool.pauses import Pauses, Sample
 from memsafe_pool.reservations import LITTLE_BYTES
+from memsafe_pool.rest import Rest
 from memsafe_pool.room import Look, Seen
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ SHARED_BYTES = 4 << 20
 #: Seconds for which a child that was sent a signal is not stopped: it has to get to act on it.
 SPARED_SECONDS = 5.0
 
+#: Of the CPU time of a process, in ``/proc/<pid>/stat``.
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
 #: Seconds between two reports that we are stuck.
 STUCK_AGAIN_SECONDS = 0.5
 
@@ -59,11 +63,12 @@ STUCK_AGAIN_SECONDS = 0.5
 class _Run:
     """One running task."""
 
-    __slots__ = ("child", "growing", "in_shared", "job", "spared_until", "told")
+    __slots__ = ("child", "growing", "in_shared", "job", "rest", "spared_until", "told")
 
     def __init__(self, child: Child, job: Job) -> None:
         self.child, self.job = child, job
         self.growing = False
+        self.rest = Rest(time.monotonic())
         self.in_shared = 0  # of what it has taken, in shared memory: others may have the same
         self.spared_until = float("-inf")
         self.told: set[bool] = set()
@@ -271,6 +276,7 @@ class Watch:
                         run.job.grown,
                         now < run.spared_until,
                         run.child.report.trimmable,
+                        run.rest.resting,
                     )
                     for run in list(self._runs.values())
                 ],
@@ -307,6 +313,7 @@ class Watch:
                 growing=run.growing,
                 paused=self._pauses.is_paused(run.job),
                 free=run.child.report.trimmable,
+                resting=run.rest.resting,
             )
             for run in list(self._runs.values())
         ]
@@ -328,11 +335,16 @@ class Watch:
         return left, self.budget.left(headroom + self._gauge.uncertain, lambda: own_bytes)
 
     def _sample(self) -> None:
+        now = time.monotonic()
         for child, run in list(self._runs.items()):
             # It may have just ended; there may be no descriptor left.
             with contextlib.suppress(OSError, IndexError, ValueError):
                 grown, run.in_shared = self._grown(child)
                 run.job.grown = max(grown, 0)
+            if self._pauses.is_paused(run.job):
+                run.rest.wake(now, run.job.grown)
+            elif run.rest.is_due(now, run.job.grown):
+                run.rest.see(now, _cpu_seconds(child.pid))
 
     def _grown(self, child: Child) -> tuple[int, int]:
         """Return what a child has beyond what it said last, which was before its task began.
@@ -365,3 +377,17 @@ class Watch:
     def _forget(self, run: _Run) -> None:
         if self._pauses.forget(run.job):
             run.child.signal(signal.SIGCONT)
+
+
+def _cpu_seconds(pid: int) -> float | None:
+    """Return the CPU time a child has used, on Linux; None if it has started programs: they may use more."""
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+                if file.read(1):
+                    return None
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            fields = file.read(1024).rpartition(b")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
+    except (OSError, IndexError, ValueError):
+        return None

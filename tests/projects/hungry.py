@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -95,6 +96,36 @@ def have_file(path, mib, end):
             time.sleep(0.01)
     finally:
         os.unlink(path)
+
+
+@app.task
+def locked(path, value, lock, mib, before=0.0):
+    """Need so much memory while it has a lock, for which it asks after so many seconds."""
+    write(path, "began", value, os.getpid(), time.monotonic())
+    time.sleep(before)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        grow([], mib)
+    write(path, "ended", value, os.getpid(), time.monotonic())
+
+
+@app.task
+def whole(path, mib, parts, part_mib):
+    """Have so much memory, and wait for tasks that need some, too; they are numbered from 1."""
+    blocks = []
+    grow(blocks, mib)
+    results = [need.delay(path, number + 1, part_mib) for number in range(parts)]
+    for result in results:
+        result.get(timeout=60, disable_sync_subtasks=False)
+
+
+@app.task
+def need_later(path, value, mib, seconds):
+    """Need so much memory after so many seconds."""
+    write(path, "began", value, os.getpid(), time.monotonic())
+    time.sleep(seconds)
+    grow([], mib)
+    write(path, "ended", value, os.getpid(), time.monotonic())
 
 
 @app.task(bind=True, max_retries=1)

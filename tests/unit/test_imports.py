@@ -34,6 +34,7 @@ PURE = [
     "reclaim",
     "recycle",
     "reservations",
+    "rest",
     "rlimit",
     "room",
     "scheduler",
@@ -47,7 +48,17 @@ PURE = [
 ]
 
 #: The modules that decide: they are told what is, and say what to do.
-DECIDING = ["budget", "events", "pauses", "recycle", "reservations", "room", "scheduler", "supervisor"]
+DECIDING = [
+    "budget",
+    "events",
+    "pauses",
+    "recycle",
+    "reservations",
+    "rest",
+    "room",
+    "scheduler",
+    "supervisor",
+]
 
 #: The worker's side; a child has none of it.
 WORKER_SIDE = {
@@ -70,6 +81,7 @@ WORKER_SIDE = {
     "prefork",
     "recycle",
     "reservations",
+    "rest",
     "room",
     "scheduler",
     "signals",

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from memsafe_pool.machine import Machine, Terms, Work
 from memsafe_pool.pauses import FAST, LEAST_BYTES, LEAST_SHARE, SHORTEST
 from memsafe_pool.recycle import Rules
+from memsafe_pool.rest import REST_SECONDS
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "240"))
 MIB = 1 << 20
@@ -78,6 +79,8 @@ tasks = st.fixed_dictionaries(
         "kept": one_of([0.0, 0.0, 0.0, 0.02, 0.5, 1.0]),  # of its peak: what its child keeps at most
         "declared": one_of([None, None, 1.0, 0.5, 0.1, 2.0]),  # of its peak
         "hangs": one_of([False] * 9 + [True]),
+        # Whether it uses no CPU where it takes no memory, and for how long it does so half way.
+        "waits": one_of([0.0] * 6 + [2.0, 8.0, 30.0]),
         "redeliverable": st.booleans(),
         "name": one_of("ab"),
     }
@@ -96,14 +99,18 @@ def curve(task, peak, kept):
     """The points of a task that gets to its peak, and then goes down and up in equal times until its end."""
     first = int(task["first"] * peak)
     at = max(task["rise"] * task["seconds"], peak / FASTEST)
-    points = [(0.0, 0), (first / FASTEST, first), (at, peak)]
-    step = max(task["seconds"] - at, 0.0) / (len(task["waves"]) + 1)
+    points = [(0.0, 0), (first / FASTEST, first)]
+    if task["waits"]:
+        points.append((first / FASTEST + task["waits"], first))
+        at += task["waits"]
+    points.append((at, peak))
+    step = max(task["seconds"] + task["waits"] - at, 0.0) / (len(task["waves"]) + 1)
     size = peak
     for share in task["waves"]:
         before, size = size, int(share * peak)
         at += max(step, (size - before) / FASTEST)
         points.append((at, size))
-    end = max(task["seconds"], at)
+    end = max(task["seconds"] + task["waits"], at)
     return [*points, (end, size), (end, min(int(kept * peak), size))]
 
 
@@ -144,12 +151,15 @@ class Watched(Machine):
         beside: Runs that had others beside them.
         most_unloaded: The most memory that was used, less twice what was kept of first runs.
         tried_at: When there was last no reason to begin one more task of which nothing is known.
+        still_since: Since when runs neither take memory nor use CPU.
+        held_up_at: When they last held nobody up.
     """
 
     def __init__(self, terms):
         self.used_at_sample = self.active_at = self.tried_at = 0.0
         self.most_unloaded = 0.0
         self.came, self.since, self.runs = {}, {}, {}
+        self.still_since, self.held_up_at = {}, 0.0
         self.crashed, self.unbegun, self.lost, self.beside = set(), set(), set(), set()
         super().__init__(terms)
 
@@ -248,6 +258,7 @@ class Watched(Machine):
                 assert child.state == "leaving"
         if len(busy) > 1:
             self.beside.update(child.run for child in busy)
+        self.check_rest(busy)
         backs_off = self.now < self.supervisor._not_before
         if running or not self.waiting or fleet.starting or fleet.leaving or backs_off:
             self.active_at = self.now
@@ -256,6 +267,32 @@ class Watched(Machine):
             self.tried_at = self.now
         waited = self.now - self.tried_at
         assert waited < ENDLESS_SECONDS + NOTHING_RUNS_SECONDS, "it waits for others that never end"
+
+    def check_rest(self, busy):
+        """Memory that is really free is used, although it was set aside for those that rest."""
+        if not self.rest_holds_up(busy):
+            self.held_up_at = self.now
+        assert self.now - self.held_up_at < NOTHING_RUNS_SECONDS, "all rest, and hold up others"
+
+    def rest_holds_up(self, busy):
+        """Whether all that runs has rested for long, while others are paused, and there is room."""
+        for run in set(self.still_since) - {child.run for child in busy}:
+            del self.still_since[run]
+        resting, paused = [], []
+        for child in busy:
+            run = child.run
+            at_end = run.work.hangs and run.point + 1 == len(run.work.curve)
+            if run.going and not run.slope and (run.work.waits or at_end):
+                resting.append(self.now - self.still_since.setdefault(run, self.now))
+                continue
+            self.still_since.pop(run, None)
+            if run.going:
+                return False
+            paused.append(run)
+        if not resting or min(resting) < REST_SECONDS or self.fleet.starting or self.fleet.leaving:
+            return False
+        left = self._headroom()[0]
+        return bool(paused) and left > max(LEAST_SHARE * self.budget.ceiling, LEAST_BYTES) + SHORTEST * FAST
 
     def can_try(self):
         """Whether there is room for the first that waits, of which nothing is known and whose like runs."""
@@ -324,6 +361,7 @@ class Model(RuleBasedStateMachine):
                     declared=None if declared is None else int(declared * peak),
                     redeliverable=task["redeliverable"],
                     hangs=task["hangs"],
+                    waits=bool(task["waits"]),
                 )
             )
         self.run(0.0)

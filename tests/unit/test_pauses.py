@@ -25,11 +25,17 @@ class Watch:
     def paused(self):
         return [name for name in self.estimates if self.pauses.is_paused(name)]
 
-    def look(self, headroom, after=0.01, spared="", uncertain=0, **grown):
+    def look(self, headroom, after=0.01, spared="", uncertain=0, resting="", **grown):
         """What is decided when so many MiB are left, perhaps more, and the tasks have taken so many."""
         self.now += after
         samples = [
-            Sample(name, self.estimates[name], int(size * MIB), spared=name == spared)
+            Sample(
+                name,
+                self.estimates[name],
+                int(size * MIB),
+                spared=name == spared,
+                resting=name in resting,
+            )
             for name, size in grown.items()
         ]
         return self.pauses.decide(self.now, headroom * MIB, LIMIT, samples, uncertain * MIB)
@@ -236,3 +242,34 @@ def test_a_fast_leader_goes_on_only_where_it_can_be_stopped_again():
     least = 4 * MIB  # of a limit of 200 MiB
     assert watch.pauses.decide(watch.now + 1, least + 12 * MIB, 200 * MIB, samples).go_on == []
     assert watch.pauses.decide(watch.now + 2, least + 20 * MIB, 200 * MIB, samples).go_on == ["a"]
+
+
+def test_one_that_rests_holds_nobody_up():
+    """It may wait for a lock that the paused one has."""
+    watch = Watch(a=300, b=100)
+    watch.look(450, a=0, b=50)
+    assert watch.look(390, a=0, b=110).stop == ["b"]
+    assert watch.look(390, a=0, b=110, after=60).go_on == []
+    assert watch.look(390, a=0, b=110, resting="a").go_on == ["b"]
+    assert watch.look(130, a=0, b=370, resting="a", after=1).stop == []
+
+
+def test_one_that_has_rested_is_the_last_of_the_line():
+    """Who went on meanwhile is to end first: both grow into what only one of them can have."""
+    watch = Watch(a=300, b=300)
+    watch.look(400, a=0, b=0)
+    watch.look(300, a=0, b=100, resting="a")
+    assert watch.look(250, a=40, b=110).stop == ["a"]
+    assert watch.look(110, a=40, b=250, after=1).go_on == []
+    assert watch.look(360, a=40, after=1).go_on == ["a"]
+
+
+def test_the_line_is_as_it_was_when_all_have_ended():
+    """Nothing is remembered of those that rested."""
+    watch = Watch(a=300, b=300)
+    watch.look(400, a=0, b=0, resting="a")
+    watch.look(400, a=0, b=0)
+    watch.pauses.forget("a")
+    watch.pauses.forget("b")
+    watch.look(400, a=0, b=0)
+    assert watch.look(300, a=50, b=50).stop == ["b"]

@@ -138,3 +138,18 @@ def test_a_lower_budget_holds_at_once(room):
     room.begin(task(600))
     room.look(Look(1.0, -100, []))
     assert room.free == -700
+
+
+def test_whether_all_rest(room):
+    """Those that run, and not those that have begun since; what is set aside for them stays so."""
+    first, second = task(300), task(200)
+    room.begin(first)
+    room.begin(second)
+    for resting in (False, True):
+        room.look(Look(0.0, 900, [Seen(first, 100, resting=True), Seen(second, 0, resting=resting)]))
+        assert room.rests is resting
+        assert room.free == 900 - 200 - 200
+    room.begin(task(50))
+    assert not room.rests
+    room.look(Look(1.0, 900))
+    assert not room.rests

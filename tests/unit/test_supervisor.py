@@ -201,6 +201,51 @@ def test_nothing_starts_for_nothing():
     assert pool.fleet.size == 0
 
 
+def beside_one_that_rests(used, *, sent=True, ended=260, child=0):
+    """A task runs that has its 200 MB of 500 and rests; one waits of which 260 are thought to be needed."""
+    pool = Pool(budget=500 * MIB, bound=4, child=child * MIB)
+    pool.with_children(1)
+    parent = task(200)
+    parent.task_id = "parent"
+    pool.submit(parent)
+    pool.used = used
+    pool.tick()
+    work = task()
+    work.estimate = Estimate(260 * MIB, 260 * MIB, known=True, ended=ended * MIB)
+    work.parent_id = "parent" if sent else None
+    assert pool.submit(work) == []
+
+    def look():
+        seen = [Seen(work, 200 * MIB, resting=work is parent) for work in pool.running.values()]
+        pool.scheduler.saw(Look(pool.now, pool.room.budget - pool.used * MIB, seen))
+
+    pool.look = look
+    return pool
+
+
+def test_a_task_that_is_waited_for_begins():
+    """Whatever its like needed: it may be smaller. One at a time."""
+    pool = beside_one_that_rests(360)
+    pool.waiting.append(other := task(260))
+    other.parent_id, other.estimate = "parent", pool.waiting[0].estimate
+    assert pool.tick() == [Start(1)]
+    pool.up(pool.starting[0])
+    assert len(pool.running) == 2
+    assert pool.tick() == []
+    assert list(pool.waiting) == [other]
+
+
+@pytest.mark.parametrize(
+    "options", [{"sent": False}, {"ended": 0}, {"used": 490, "child": 12}], ids=["others", "said", "full"]
+)
+def test_who_is_not_waited_for_does_not_begin(options):
+    """One of somebody else's; one that is said to need so much; nor where nothing at all is left."""
+    pool = beside_one_that_rests(**{"used": 360, **options})
+    assert pool.tick() == []
+    pool.used = 200
+    assert pool.tick() == [Start(1)]
+
+
 def test_a_burst_starts_at_once():
     """Each waiting task that no starting child is for gets a child, all in one go."""
     pool = Pool(bound=10)
