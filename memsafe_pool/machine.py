@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any, cast
@@ -694,10 +695,9 @@ class Machine:
     def _read(self) -> None:
         for child, watched in self._watched.items():
             watched.grown = max(int(self._has(child)) - watched.base, 0)
-            if self.pauses.is_paused(watched.work):
-                watched.rest.wake(self.now, watched.grown)
-            elif watched.rest.is_due(self.now, watched.grown) and child.run is not None:
-                watched.rest.see(self.now, child.run.cpu_seconds(self.now))
+            if child.run is not None:
+                cpu_seconds, paused = child.run.cpu_seconds, self.pauses.is_paused(watched.work)
+                watched.rest.look(self.now, watched.grown, partial(cpu_seconds, self.now), paused=paused)
 
     def _headroom(self) -> tuple[int, int]:
         """Return what is left until the budget's ceiling, and what is left of the budget."""

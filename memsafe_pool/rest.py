@@ -8,6 +8,8 @@ Pure: no I/O and no clock. Imports neither Celery nor billiard.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 __all__ = ["LOOK_SECONDS", "REST_SECONDS", "Rest"]
 
 #: A task rests that has neither grown nor used CPU for so many seconds.
@@ -33,11 +35,23 @@ class Rest:
 
     __slots__ = ("_cpu", "_grown", "_looked_at", "_since", "resting")
 
+    _cpu: float | None
+
     def __init__(self, now: float) -> None:
-        self.resting = False
-        self._since = self._looked_at = now
-        self._grown = 0
-        self._cpu: float | None = None
+        self.wake(now, 0)
+
+    def look(self, now: float, grown: int, cpu_seconds: Callable[[], float | None], *, paused: bool) -> None:
+        """Take note of how it is; ``cpu_seconds`` is asked when that is due.
+
+        Arguments:
+            now, grown: As for :meth:`is_due`.
+            cpu_seconds: Returns what :meth:`see` takes.
+            paused: Whether it is kept from doing anything.
+        """
+        if paused:
+            self.wake(now, grown)
+        elif self.is_due(now, grown):
+            self.see(now, cpu_seconds())
 
     def wake(self, now: float, grown: int) -> None:
         """Take note that it does something, or is kept from it."""

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from memsafe_pool import memory
@@ -341,10 +342,8 @@ class Watch:
             with contextlib.suppress(OSError, IndexError, ValueError):
                 grown, run.in_shared = self._grown(child)
                 run.job.grown = max(grown, 0)
-            if self._pauses.is_paused(run.job):
-                run.rest.wake(now, run.job.grown)
-            elif run.rest.is_due(now, run.job.grown):
-                run.rest.see(now, _cpu_seconds(child.pid))
+            paused = self._pauses.is_paused(run.job)
+            run.rest.look(now, run.job.grown, partial(_cpu_seconds, child.pid), paused=paused)
 
     def _grown(self, child: Child) -> tuple[int, int]:
         """Return what a child has beyond what it said last, which was before its task began.

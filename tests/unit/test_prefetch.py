@@ -559,6 +559,15 @@ class Worker:
         self.waiting.appendleft(job)
         self.follow()
 
+    def get_short(self, tasks):
+        """Fetch all these, which no child takes, and then there is no memory for them."""
+        self.children = 0
+        self.tasks = list(tasks)
+        self.queue.extend(self.tasks)
+        while self.queue:
+            self.turn()
+        self.short = True
+
     # -- what always holds
 
     def find_kept(self):
@@ -665,14 +674,9 @@ def test_tasks_with_a_rate_limit_stay(monkeypatch):
     worker = Worker(RedisChannel, 4, 4, semaphore=True)
     monkeypatch.setattr(prefetch, "time", SimpleNamespace(monotonic=lambda: worker.now))
     monkeypatch.setattr(Worker, "task_buckets", {"early": TokenBucket(20), "late": None})
-    worker.children = 0
-    worker.tasks = [Task(late=number % 2 == 0, waits=False) for number in range(8)]
-    worker.queue.extend(worker.tasks)
-    first, *others = worker.tasks
     try:
-        while worker.queue:
-            worker.turn()
-        worker.short = True
+        worker.get_short(Task(late=number % 2 == 0, waits=False) for number in range(8))
+        first, *others = worker.tasks
         for _ in range(20):
             worker.now += RETRY_SECONDS
             worker.turn()
@@ -695,13 +699,8 @@ def test_giving_back_leaves_time_for_what_ends_meanwhile(monkeypatch, caplog):
         passed[0] += 0.004
 
     worker.check_given_back = check_given_back
-    worker.children = 0
-    worker.tasks = [Task(late=False, waits=False) for _ in range(60)]
-    worker.queue.extend(worker.tasks)
     try:
-        while worker.queue:
-            worker.turn()
-        worker.short = True
+        worker.get_short(Task(late=False, waits=False) for _ in range(60))
         for _ in range(40):
             worker.now += RETRY_SECONDS
             worker.turn()
