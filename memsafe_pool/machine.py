@@ -47,6 +47,8 @@ class Work:
         redeliverable: Whether it may be run again after it was ended in the middle.
         hangs: Whether it stays at its last point for ever.
         waits: Whether it uses no CPU where it takes no memory.
+        unseen: Whether what it takes is in files in memory, or in a program: nobody is seen to have it. It is
+            gone when the task ends.
 
     Attributes:
         arrived, began, ended: When (seconds); None as long as it did not. ``began`` is the first time.
@@ -67,8 +69,9 @@ class Work:
         redeliverable: bool = True,
         hangs: bool = False,
         waits: bool = False,
+        unseen: bool = False,
     ) -> None:
-        self.name, self.label, self.curve = name, label, tuple(curve)
+        self.name, self.label, self.curve, self.unseen = name, label, tuple(curve), unseen
         self.declared, self.redeliverable, self.hangs, self.waits = declared, redeliverable, hangs, waits
         self.task_id: str | None = None
         self.parent_id: str | None = None
@@ -362,7 +365,7 @@ class Machine:
 
     def learn(self, work: Work) -> None:
         """Know what a task needs, as from an earlier run."""
-        self.learned.learn(work.name, work.label, work.peak)
+        self.learned.learn(work.name, work.label, 0 if work.unseen else work.peak)
 
     def crash(self, child: SimulatedChild, *, begun: bool = True) -> None:
         """Let a child end by itself.
@@ -562,6 +565,8 @@ class Machine:
         self._watched[child] = _Watched(work, int(child.cost + child.kept), self.now)
         if work.estimate.reserved > LITTLE_BYTES or not work.estimate.known:
             self._hurry()
+        elif self._wakes_at - self.now > self.pauses.soon:
+            self._sample_in(0.0)
 
     def _next_point(self, child: SimulatedChild, run: _Run) -> None:
         """Be told when a task gets to the next point of its curve."""
@@ -589,7 +594,7 @@ class Machine:
         # What it keeps is gone, although nobody has looked since.
         self.room.headroom -= work.curve[-1][1]
         self._first_runs.note(child, work.name, work.curve[-1][1])
-        self.learned.learn(work.name, work.label, work.peak)
+        self.learned.learn(work.name, work.label, 0 if work.unseen else work.peak)
         if child.tasks == 1:
             self.room.child_bytes += (child.private_bytes - self.room.child_bytes) // 4
         self._unwatch(child)
@@ -694,7 +699,7 @@ class Machine:
 
     def _read(self) -> None:
         for child, watched in self._watched.items():
-            watched.grown = max(int(self._has(child)) - watched.base, 0)
+            watched.grown = 0 if watched.work.unseen else max(int(self._has(child)) - watched.base, 0)
             if child.run is not None:
                 cpu_seconds, paused = child.run.cpu_seconds, self.pauses.is_paused(watched.work)
                 watched.rest.look(self.now, watched.grown, partial(cpu_seconds, self.now), paused=paused)
@@ -725,6 +730,12 @@ class Machine:
         starting = self.fleet.starting_children
         return int(sum(max(self.room.child_bytes - self._has(child), 0) for child in starting))
 
+    def _unknown(self) -> float:
+        """What is used, less what the pool and its tasks are known to have."""
+        known = sum(self._has(child) for child in self.fleet.starting_children)
+        known += sum(child.private_bytes for child in self.fleet.children)
+        return self.used - known - sum(watched.grown for watched in self._watched.values())
+
     def _sample_in(self, seconds: float) -> None:
         self._wake_version += 1
         self._wakes_at = self.now + seconds
@@ -746,8 +757,14 @@ class Machine:
             Sample(one.work, one.work.estimate, one.grown, resting=one.rest.resting)
             for one in self._watched.values()
         ]
-        left = self._headroom()[0] - self._coming_bytes()
-        decision = self.pauses.decide(self.now, left, self.budget.ceiling, samples)
+        decision = self.pauses.decide(
+            self.now,
+            self._headroom()[0],
+            self.budget.ceiling,
+            samples,
+            starting=self._coming_bytes(),
+            unknown=self._unknown(),
+        )
         changed = False
         for child, watched in self._watched.items():
             watched.growing = watched.work in decision.growing

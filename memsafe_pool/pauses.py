@@ -12,6 +12,8 @@ A paused task loses nothing: it goes on where it was when others have ended. The
   something until the next sample, and its speed is known. What the kernel may be able to take back is room
   for it alone: so the kernel has to find out, and nobody is ended for what may be free soon. If then nothing
   runs that could end, we are stuck, and say so: something has to be ended.
+* What is taken and nobody is known to have (``unseen``) may be any task's: while it grows each may go on to
+  take as much again. So the newest are stopped here, too, and the oldest leads.
 * A task that rests (``rest``) is going to take nothing, and leads nobody. When it takes something after all,
   it is the last of the line: whoever went on meanwhile is to end first.
 * Paused tasks go on, the oldest first, when what they may need fits again, the leader as soon as there is
@@ -28,8 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
-from memsafe_pool.reservations import Estimate, pending
+from memsafe_pool.reservations import LITTLE_BYTES, Estimate, pending
+from memsafe_pool.unseen import Unseen
 
 __all__ = ["Decision", "Pauses", "Sample"]
 
@@ -65,6 +69,9 @@ RESUME_SHARE = 0.9
 #: Seconds without room after which we are stuck: what has just ended may still be giving its memory back.
 #: The second number is for workers that share the memory with others, whose tasks may end, too.
 STUCK_SECONDS, STUCK_SHARED_SECONDS = 0.1, 4.0
+
+#: Seconds for which all wait for others' memory to come back where none of them has any to give.
+HOPELESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,28 +128,42 @@ class _Run:
         "rate",
         "resting",
         "spared",
+        "speed",
+        "suspect",
         "turn",
     )
 
     def __init__(self, now: float) -> None:
         self.began = self.at = now
         self.grown = self.most = self.need = 0
-        self.rate = 0.0
+        self.rate = self.speed = 0.0
         self.growing = self.paused = self.resting = self.spared = False
+        self.suspect = False  # whether it may be the one that takes what nobody is known to have
         self.turn = 0  # the lowest goes first, of the same the oldest
 
-    def see(self, sample: Sample, now: float, slow: float) -> None:
-        """Take note of a sample; up to ``slow`` bytes per second are no growth."""
+    def see(self, sample: Sample, now: float, slow: float, unseen: Unseen, *, suspected: bool) -> None:
+        """Take note of a sample.
+
+        Arguments:
+            slow: Up to so many bytes per second are no growth.
+            unseen: What nobody is known to have.
+            suspected: Whether that grows, so that it may be this task's.
+        """
         passed = max(now - self.at, 1e-4)
         if not self.paused:
             # A task may have taken some before its first sample: no core is faster.
             rate = min((sample.grown - self.grown) / passed, FAST)
             self.rate = max(rate, self.rate * 0.5 ** (passed / HALF_LIFE))
+            self.suspect = suspected and not sample.resting
         self.grown, self.at, self.spared = sample.grown, now, sample.spared
         self.growing = self.rate > slow
         self.need = pending(
             sample.estimate, sample.grown, sample.free, growing=self.growing, resting=sample.resting
         )
+        self.speed = self.rate if self.growing else 0.0
+        if self.suspect:
+            self.need += int(unseen.bytes)
+            self.speed = max(self.speed, min(unseen.rate, FAST))
         self.most = sample.estimate.most - sample.free
 
 
@@ -155,6 +176,7 @@ class Pauses:
 
     Attributes:
         stuck_seconds: Seconds without room for any task after which we are stuck.
+        soon: Seconds within which to look when a task has begun of which little is expected.
     """
 
     def __init__(self, cores: int, *, enabled: bool = True) -> None:
@@ -164,6 +186,14 @@ class Pauses:
         self._runs: dict[Hashable, _Run] = {}
         self._no_room_since: float | None = None
         self._last_turn = 0
+        self._unseen = Unseen()
+        self._doubts = self._hopeless = False
+        self.soon = LONGEST
+
+    @property
+    def exact(self) -> bool:
+        """Whether somebody may be stopped or ended for the next numbers: none may be older than that."""
+        return self._doubts or (bool(self._runs) and all(run.paused for run in self._runs.values()))
 
     def is_paused(self, task: Hashable) -> bool:
         """Whether a task is stopped."""
@@ -179,7 +209,15 @@ class Pauses:
         return run is not None and run.paused
 
     def decide(
-        self, now: float, headroom: float, limit: float, samples: Sequence[Sample], uncertain: float = 0.0
+        self,
+        now: float,
+        headroom: float,
+        limit: float,
+        samples: Sequence[Sample],
+        *,
+        uncertain: float = 0.0,
+        starting: float = 0.0,
+        unknown: float | None = None,
     ) -> Decision:
         """Return what to do.
 
@@ -189,15 +227,19 @@ class Pauses:
             limit: Bytes there are in all.
             samples: The running tasks, the oldest first, paused ones as well.
             uncertain: Bytes more that there may be, and for which a task may have to wait.
+            starting: Bytes of it that children which are starting will take, and who cannot be stopped.
+            unknown: Bytes in use that nobody is known to have, up to a constant; None where others take and
+                give back memory, so that it says nothing of our tasks.
         """
         decision = Decision()
         runs: list[tuple[Hashable, _Run]] = []
-        slow = min(GROWING, max(headroom, 0.0) / (FILL_SECONDS * max(len(samples), 1)))
+        slow = min(GROWING, max(headroom - starting, 0.0) / (FILL_SECONDS * max(len(samples), 1)))
+        suspected = self._suspect(now, unknown, limit, slow)
         for sample in samples:
             run = self._runs.get(sample.task)
             if run is None:
                 run = self._runs[sample.task] = _Run(now)
-            run.see(sample, now, slow)
+            run.see(sample, now, slow, self._unseen, suspected=suspected)
             if run.resting and not sample.resting:
                 self._last_turn += 1
                 run.turn = self._last_turn
@@ -207,15 +249,31 @@ class Pauses:
                 decision.growing.add(sample.task)
         if self._last_turn:
             runs.sort(key=lambda pair: pair[1].turn)
-        room = headroom - max(MARGIN_SHARE * limit, MARGIN_BYTES)
-        leaders = headroom + uncertain - max(LEAST_SHARE * limit, LEAST_BYTES)
-        if decision.growing and self._enabled:
+        room = headroom - starting - max(MARGIN_SHARE * limit, MARGIN_BYTES)
+        leaders = headroom - starting + uncertain - max(LEAST_SHARE * limit, LEAST_BYTES)
+        if self._is_hopeless(now, runs, room):
+            leaders = inf
+        if (decision.growing or suspected) and self._enabled:
             self._stop(runs, room, leaders, decision)
         if not decision.stop:
             self._go_on(runs, room, leaders, decision)
         self._find_stuck(now, runs, decision)
-        decision.wait = self._wait(now, runs, room)
+        decision.wait = self._wait(now, runs, room, slow)
         return decision
+
+    def _suspect(self, now: float, unknown: float | None, limit: float, slow: float) -> bool:
+        """Whether what nobody is known to have grows, by two looks, the second of them exact."""
+        self._unseen.look(now, unknown, limit)
+        doubted, self._doubts = self._doubts, self._unseen.matters and self._unseen.rate > slow
+        return doubted and self._doubts
+
+    def _is_hopeless(self, now: float, runs: list[tuple[Hashable, _Run]], room: float) -> bool:
+        """Whether all have waited for room that nobody's end would make: then the oldest goes on anyway."""
+        if room > 0 or any(run.grown > LITTLE_BYTES for _, run in runs):
+            self._hopeless = False
+        elif self._no_room_since is not None and now - self._no_room_since >= HOPELESS_SECONDS:
+            self._hopeless = True
+        return self._hopeless
 
     def _stop(
         self, runs: list[tuple[Hashable, _Run]], room: float, leaders: float, decision: Decision
@@ -225,8 +283,7 @@ class Pauses:
         leader = next((run for _, run in runs if run.need > 0), None)
         for task, run in reversed(active):
             # At the speed at which it grows, the leader comes that far until it is looked at again.
-            near = 2 * SHORTEST * run.rate if run is leader and run.growing else 0.0
-            if run is leader and leaders > near:
+            if run is leader and leaders > 2 * SHORTEST * run.speed:
                 continue
             if over > 0 and run.need > 0 and not run.spared:
                 over -= run.need
@@ -242,7 +299,7 @@ class Pauses:
             if run.paused:
                 need = max(run.need, run.most - run.grown, MATTERS_BYTES)
                 # At the speed at which it grew, the leader must not come to the limit before the next sample.
-                may_lead = leading and leaders > SHORTEST * run.rate
+                may_lead = leading and leaders > SHORTEST * max(run.rate, run.speed)
                 if not (needed + need <= RESUME_SHARE * room or may_lead):
                     break  # nobody passes
                 needed += need
@@ -259,11 +316,14 @@ class Pauses:
         else:
             decision.stuck = now - self._no_room_since >= self.stuck_seconds
 
-    def _wait(self, now: float, runs: list[tuple[Hashable, _Run]], room: float) -> float:
+    def _wait(self, now: float, runs: list[tuple[Hashable, _Run]], room: float, slow: float) -> float:
         active = [run for _, run in runs if not run.paused]
         longest = LONGEST if len(active) == len(runs) else LONGEST_PAUSED
+        self.soon = min(max(room / (2 * FAST * self._cores), SHORTEST), longest)
         if not active:
             return longest
-        fast = any(run.growing or run.need > MATTERS_BYTES or now - run.began < NEW_SECONDS for run in active)
+        fast = self._unseen.rate > slow or any(
+            run.growing or run.need > MATTERS_BYTES or now - run.began < NEW_SECONDS for run in active
+        )
         speed = (FAST if fast else SLOW) * min(len(active), self._cores)
         return min(max(room / (2 * speed), SHORTEST), longest)

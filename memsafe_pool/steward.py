@@ -104,13 +104,14 @@ class Steward:
             self.budget,
             own_bytes=self._own_bytes,
             starting_bytes=starting_bytes,
+            known_bytes=self._known_bytes,
             on_pause=on_pause,
             on_stuck=on_stuck,
             on_limit=on_limit,
             pauses=self._pauses,
         )
         self.shared = False
-        self._fleet, self._waiting = fleet, waiting
+        self._fleet, self._waiting, self._starting_bytes = fleet, waiting, starting_bytes
         self._neighbours = Neighbours(key(reading), on_warning=_warn)
         self._announced: set[str] = set()
         self._base_bytes = self._sized = 0
@@ -126,6 +127,16 @@ class Steward:
     def _own_bytes(self) -> int:
         """What the pool has, but for what running tasks have taken."""
         return self._base_bytes + sum(child.private_bytes for child in list(self._fleet.children))
+
+    def _known_bytes(self) -> int | None:
+        """The same, with what starting children have taken, or soon will; None where others take memory, too.
+
+        On a machine without a container many do, and next to another worker it does.
+        """
+        if self.shared or self.gauge.reading.limit_kind == "physical":
+            return None
+        starting = len(self._fleet.starting_children) * self.room.child_bytes
+        return self._own_bytes() + starting - self._starting_bytes(False)
 
     def announce(self, worker_bytes: int, bound: int, *, again: bool = False) -> None:
         """Say what there is, and what would defeat us: once, or ``again`` with other numbers."""

@@ -45,7 +45,7 @@ from memsafe_pool.events import (
     Waiting,
 )
 from memsafe_pool.recycle import Child, Rules
-from memsafe_pool.reservations import pending
+from memsafe_pool.reservations import LITTLE_BYTES, pending
 
 if TYPE_CHECKING:
     from memsafe_pool.room import Look, Room, Seen, Task
@@ -666,18 +666,17 @@ class Supervisor:
         """Choose whom to end.
 
         One that can never fit; else the newest of those that may be run again, then of the others, whose
-        memory is enough for the oldest of the rest to go on; else the largest.
+        memory is enough for the oldest of the rest to go on; else the largest. Nobody who has next to
+        nothing: that would make no room.
         """
-        if not running:
-            return []
         used = self.room.budget - self.room.headroom
         idle = sum(child.private_bytes for child in self.fleet.idle)
         base = used - sum(seen.grown for seen in running) - idle
         for seen in running:
-            if seen.grown > self.room.budget - base:
+            if seen.grown > max(self.room.budget - base, LITTLE_BYTES):
                 return [Kill(seen.task, "it can not fit, not even alone")]
         reason = "nothing that runs can go on"
-        newest_first = list(reversed(running))
+        newest_first = [seen for seen in reversed(running) if seen.grown > LITTLE_BYTES]
         for victim in sorted(newest_first, key=lambda seen: not seen.task.redeliverable):
             # It has to be enough for the oldest of the others.
             other = next((seen for seen in running if seen is not victim), None)
@@ -685,4 +684,5 @@ class Supervisor:
                 break
             if pending(other.task.estimate, other.grown, growing=True) <= self.room.headroom + victim.grown:
                 return [Kill(victim.task, reason)]
-        return [Kill(max(running, key=lambda seen: seen.grown).task, reason)]
+        largest = max(newest_first, key=lambda seen: seen.grown, default=None)
+        return [] if largest is None else [Kill(largest.task, reason)]

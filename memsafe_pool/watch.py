@@ -98,6 +98,8 @@ class Watch:
             when the budget is the user's own number, which the pool has to keep whatever the container has.
         starting_bytes: Returns what children that are starting will take, who can not be stopped; if asked
             with False, without those that are forked.
+        known_bytes: Returns what the pool has beside what its children have grown in running tasks, up to a
+            constant; None where others may take memory under the same limit.
         on_pause: Called with a child, its job, whether it was paused, else it goes on, and when (monotonic
             seconds). In the thread.
         on_stuck: Called with a look when all tasks are paused and none can go on. In the thread.
@@ -113,6 +115,7 @@ class Watch:
         *,
         own_bytes: Callable[[], int],
         starting_bytes: Callable[[bool], int],
+        known_bytes: Callable[[], int | None],
         on_pause: Callable[[Child, Job, bool, float], None],
         on_stuck: Callable[[Look], None],
         on_limit: Callable[[Child, Job, bool, int], None],
@@ -120,7 +123,7 @@ class Watch:
     ) -> None:
         self.budget = budget
         self._gauge, self._pauses = gauge, pauses
-        self._own_bytes, self._starting_bytes = own_bytes, starting_bytes
+        self._own_bytes, self._starting_bytes, self._known_bytes = own_bytes, starting_bytes, known_bytes
         self._on_pause, self._on_stuck, self._on_limit = on_pause, on_stuck, on_limit
         # A signal handler that shuts down may interrupt the loop's thread while it has the lock.
         self._lock = threading.RLock()
@@ -172,6 +175,8 @@ class Watch:
             self._runs[child] = _Run(child, job)
         if job.estimate.reserved > LITTLE_BYTES or not job.estimate.known or job.soft_limit or job.hard_limit:
             self._hurry()
+        elif self._wakes_at - time.monotonic() > self._pauses.soon:
+            self._wake.set()  # little is expected of it, but it may surprise
 
     def end(self, child: Child) -> None:
         """Say that a child has no task any more; it goes on if it was paused."""
@@ -218,9 +223,10 @@ class Watch:
         with self._lock:
             now = time.monotonic()
             self._sample()
-            (_, within), _ = self._headroom()
+            headroom = self._headroom()
+            (_, within), _ = self._left(headroom)
             # Of a budget that is our own nothing is theirs.
-            theirs = within - self._headroom(others)[0][1] if others else 0
+            theirs = within - self._left(headroom - others)[0][1] if others else 0
             return self._look(now, within, theirs)
 
     def refresh(self) -> Reading:
@@ -263,12 +269,11 @@ class Watch:
                 return 1.0
             now = time.monotonic()
             self._sample()
-            # Where all are paused, one may be ended for what is read now.
-            exact = all(self._pauses.is_paused(run.job) for run in list(self._runs.values()))
-            (left, _), (most, most_within) = self._headroom(exact=exact)
+            headroom = self._headroom(exact=self._pauses.exact)
+            (left, _), (most, most_within) = self._left(headroom)
             decision = self._pauses.decide(
                 now,
-                left - self._starting_bytes(True),
+                left,
                 self.budget.ceiling,
                 [
                     Sample(
@@ -281,7 +286,9 @@ class Watch:
                     )
                     for run in list(self._runs.values())
                 ],
-                most - left,
+                uncertain=most - left,
+                starting=self._starting_bytes(True),
+                unknown=self._unknown(headroom),
             )
             changed = []
             for run in list(self._runs.values()):
@@ -320,20 +327,26 @@ class Watch:
         ]
         return Look(now, within, running, theirs, self._starting_bytes(False))
 
-    def _headroom(self, others: int = 0, *, exact: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return what is left until the budget's ceiling and what is left of the budget; and both at most.
+    def _headroom(self, *, exact: bool = False) -> int:
+        """Return the bytes that are left under the limit; ``exact`` is as for the gauge."""
+        return self._gauge.headroom(sum(run.job.grown for run in list(self._runs.values())), exact=exact)
 
-        Arguments:
-            others: What other workers under the limit have set aside.
-            exact: As for the gauge.
-        """
-        runs = list(self._runs.values())
-        headroom = self._gauge.headroom(sum(run.job.grown for run in runs), exact=exact) - others
+    def _left(self, headroom: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return what is left until the budget's ceiling and what is left of the budget; and both at most."""
         own_bytes = 0
         if not self.budget.auto:
+            runs = list(self._runs.values())
             own_bytes = self._own_bytes() + sum(run.job.grown - run.in_shared for run in runs)
         left = self.budget.left(headroom, lambda: own_bytes)
         return left, self.budget.left(headroom + self._gauge.uncertain, lambda: own_bytes)
+
+    def _unknown(self, headroom: int) -> int | None:
+        """Return what is used, at least, less what the pool and its tasks have; None where it is others'."""
+        known = self._known_bytes()
+        if known is None:
+            return None
+        used = self.budget.limit - headroom - self._gauge.uncertain
+        return used - known - sum(run.job.grown for run in list(self._runs.values()))
 
     def _sample(self) -> None:
         now = time.monotonic()

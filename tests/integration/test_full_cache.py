@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -101,10 +102,17 @@ def test_a_file_that_is_being_written(start_contained, tally, path, tmp_path):
     nothing_ended(worker)
 
 
-def test_files_in_memory_are_waited_for(start_contained, tally, tmp_path):
+@pytest.fixture
+def in_memory():
+    """A folder for files in memory."""
+    with tempfile.TemporaryDirectory(prefix="memsafe-test-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def test_files_in_memory_are_waited_for(start_contained, tally, tmp_path, in_memory):
     """Nobody can take them back: a task that does not fit beside them waits until they are deleted."""
     worker = start_contained(LIMIT, "hungry", concurrency=2)
-    end, file = tmp_path / "end", Path(f"/dev/shm/memsafe-test-{os.getpid()}")
+    end, file = tmp_path / "end", in_memory / "file"
     holder = worker.call("hungry.have_file", str(file), 110, str(end))
     worker.until(lambda: file.exists() and file.stat().st_size >= 110 * MIB, "the file to be there")
     result = worker.call("hungry.need", tally.path, 0, 130, headers={"memsafe_memory": "140MiB"})
@@ -114,4 +122,20 @@ def test_files_in_memory_are_waited_for(start_contained, tally, tmp_path):
     worker.get(holder)
     worker.get(result)
     assert float(tally.lines()[0][3]) > deleted_at
+    nothing_ended(worker)
+
+
+def test_many_that_write_files_in_memory(start_contained, tally, in_memory):
+    """Nobody is seen to have them, and all of them at once would fill the container."""
+    worker = start_contained(LIMIT, "hungry", concurrency=20)
+    results = []
+    for number in range(12):
+        results.append(worker.call("hungry.need", tally.path, 100 + number, 10))
+        results.append(
+            worker.call("hungry.spool", tally.path, number, str(in_memory / str(number)), 70, 0.005)
+        )
+    for result in results:
+        worker.get(result)
+    assert tally.of("ended") == {str(first + number): 1 for first in (0, 100) for number in range(12)}
+    assert worker.stats()["pool"]["memsafe"]["pauses"]
     nothing_ended(worker)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import mmap
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def have_file(path, mib, end):
             time.sleep(0.01)
     finally:
         os.unlink(path)
+
+
+@app.task
+def spool(path, value, file, mib, pace=PACE):
+    """Have a file of so many MiB, and then only a copy of it elsewhere, for a moment."""
+    write(path, "began", value, os.getpid(), time.monotonic())
+    copy = f"{path}-{value}"
+    try:
+        with open(file, "wb", buffering=0) as written:
+            for _ in range(mib):
+                written.write(bytes(MIB))
+                time.sleep(pace)
+        shutil.copyfile(file, copy)
+    finally:
+        for made in (file, copy):
+            Path(made).unlink(missing_ok=True)
+    write(path, "ended", value, os.getpid(), time.monotonic())
 
 
 @app.task

@@ -43,6 +43,7 @@ PURE = [
     "simulate",
     "state",
     "supervisor",
+    "unseen",
     "watch",
     "wire",
 ]
@@ -58,6 +59,7 @@ DECIDING = [
     "room",
     "scheduler",
     "supervisor",
+    "unseen",
 ]
 
 #: The worker's side; a child has none of it.
@@ -92,6 +94,7 @@ WORKER_SIDE = {
     "start_forkserver",
     "supervisor",
     "time_limits",
+    "unseen",
     "watch",
 }
 
@@ -176,7 +179,7 @@ def test_a_child_has_nothing_of_the_workers_side(module):
 @pytest.mark.parametrize("module", DECIDING)
 def test_what_decides_does_no_io(module):
     """Neither it nor what it imports: no clock, no files, no processes, no log."""
-    allowed = {"__future__", "collections", "dataclasses", "itertools", "memsafe_pool", "typing"}
+    allowed = {"__future__", "collections", "dataclasses", "itertools", "math", "memsafe_pool", "typing"}
     for one in {module, *reach(module)}:
         assert external(one) <= allowed, one
 

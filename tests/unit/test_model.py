@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from memsafe_pool.machine import Machine, Terms, Work
 from memsafe_pool.pauses import FAST, LEAST_BYTES, LEAST_SHARE, SHORTEST
 from memsafe_pool.recycle import Rules
+from memsafe_pool.reservations import LITTLE_BYTES
 from memsafe_pool.rest import REST_SECONDS
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "240"))
@@ -81,6 +82,7 @@ tasks = st.fixed_dictionaries(
         "hangs": one_of([False] * 9 + [True]),
         # Whether it uses no CPU where it takes no memory, and for how long it does so half way.
         "waits": one_of([0.0] * 6 + [2.0, 8.0, 30.0]),
+        "unseen": one_of([False] * 6 + [True]),  # in files in memory
         "redeliverable": st.booleans(),
         "name": one_of("ab"),
     }
@@ -111,7 +113,7 @@ def curve(task, peak, kept):
         at += max(step, (size - before) / FASTEST)
         points.append((at, size))
     end = max(task["seconds"] + task["waits"], at)
-    return [*points, (end, size), (end, min(int(kept * peak), size))]
+    return [*points, (end, size), (end, 0 if task["unseen"] else min(int(kept * peak), size))]
 
 
 def turns(patience):
@@ -156,7 +158,7 @@ class Watched(Machine):
     """
 
     def __init__(self, terms):
-        self.used_at_sample = self.active_at = self.tried_at = 0.0
+        self.used_at_sample = self.slope_at_sample = self.active_at = self.tried_at = 0.0
         self.most_unloaded = 0.0
         self.came, self.since, self.runs = {}, {}, {}
         self.still_since, self.held_up_at = {}, 0.0
@@ -176,14 +178,16 @@ class Watched(Machine):
 
     def _sample(self, version):
         if version == self._wake_version:
-            self.used_at_sample = self.used
+            self.used_at_sample, self.slope_at_sample = self.used, self._slope
         super()._sample(version)
 
     def _kernel_kills(self):
         """Only where memory went faster than it is looked at, or into what can not be stopped."""
         grown = self.used - self.used_at_sample
-        fast = grown >= max(LEAST_SHARE * self.budget.limit, LEAST_BYTES)
-        assert fast or not self.terms.pause, "seen in time, and the kernel had to kill"
+        sudden = self._slope > self.slope_at_sample  # somebody has begun to grow since
+        fast = sudden or grown >= max(LEAST_SHARE * self.budget.limit, LEAST_BYTES)
+        hopeless = self.pauses._hopeless  # nobody had anything to give, and the oldest went on
+        assert fast or hopeless or not self.terms.pause, "seen in time, and the kernel had to kill"
         victim = max(self.fleet.children, key=self._has, default=None)
         if victim is not None and victim.run is not None:
             self.lost.add(victim.run)
@@ -225,6 +229,8 @@ class Watched(Machine):
         left = self._headroom()[0] - self._coming_bytes()
         least = max(LEAST_SHARE * self.budget.ceiling, LEAST_BYTES)
         assert left <= least + SHORTEST * FAST, "a task was ended while one of them could go on"
+        grown = next(watched.grown for watched in self._watched.values() if watched.work is work)
+        assert grown > LITTLE_BYTES, "a task was ended that had nothing"
         self.lost.add(running[work])
         return super().kill(work, reason)
 
@@ -362,6 +368,7 @@ class Model(RuleBasedStateMachine):
                     redeliverable=task["redeliverable"],
                     hangs=task["hangs"],
                     waits=bool(task["waits"]),
+                    unseen=task["unseen"],
                 )
             )
         self.run(0.0)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from memsafe_pool.pauses import LONGEST, LONGEST_PAUSED, SHORTEST, STUCK_SECONDS, Pauses, Sample
+from memsafe_pool.pauses import (
+    HOPELESS_SECONDS,
+    LONGEST,
+    LONGEST_PAUSED,
+    SHORTEST,
+    STUCK_SECONDS,
+    Pauses,
+    Sample,
+)
 from memsafe_pool.reservations import UNKNOWN, Estimate
 
 MIB = 1 << 20
@@ -25,8 +33,12 @@ class Watch:
     def paused(self):
         return [name for name in self.estimates if self.pauses.is_paused(name)]
 
-    def look(self, headroom, after=0.01, spared="", uncertain=0, resting="", **grown):
-        """What is decided when so many MiB are left, perhaps more, and the tasks have taken so many."""
+    def look(self, headroom, after=0.01, spared="", resting="", *, uncertain=0, known=None, **grown):
+        """What is decided when so many MiB are left, perhaps more, and the tasks have taken so many.
+
+        Arguments:
+            known: What is known besides, where that is to be told from what is not known.
+        """
         self.now += after
         samples = [
             Sample(
@@ -38,7 +50,14 @@ class Watch:
             )
             for name, size in grown.items()
         ]
-        return self.pauses.decide(self.now, headroom * MIB, LIMIT, samples, uncertain * MIB)
+        return self.pauses.decide(
+            self.now,
+            headroom * MIB,
+            LIMIT,
+            samples,
+            uncertain=uncertain * MIB,
+            unknown=None if known is None else LIMIT - (headroom + known + sum(grown.values())) * MIB,
+        )
 
 
 def test_nothing_is_done_while_all_fits():
@@ -273,3 +292,61 @@ def test_the_line_is_as_it_was_when_all_have_ended():
     watch.pauses.forget("b")
     watch.look(400, a=0, b=0)
     assert watch.look(300, a=50, b=50).stop == ["b"]
+
+
+def test_any_may_have_what_nobody_is_known_to_have():
+    """Files in memory, for instance: the oldest goes on and deletes its own, the newest stop first."""
+    watch = Watch(a=0, b=0, c=0)
+    watch.look(600, known=100, a=0, b=0, c=0)
+    assert watch.look(500, known=100, a=0, b=0, c=0).stop == []
+    assert watch.look(400, known=100, a=0, b=0, c=0).stop == ["c", "b"]
+    assert watch.look(150, known=100, a=0, b=0, c=0, after=0.1).stop == []
+    assert watch.look(550, known=100, a=0, b=0, c=0, after=0.1).go_on == ["b", "c"]
+
+
+def test_it_is_looked_at_twice():
+    """Numbers may be older than they should be: the second time they are exact."""
+    watch = Watch(a=0, b=0)
+    watch.look(600, known=100, a=0, b=0)
+    assert not watch.pauses.exact
+    assert watch.look(200, known=100, a=0, b=0).stop == []
+    assert watch.pauses.exact
+    assert watch.look(600, known=100, a=0, b=0).stop == []
+    assert not watch.pauses.exact
+
+
+def test_what_children_and_tasks_have_is_known():
+    watch = Watch(a=100, b=100)
+    watch.look(600, known=100, a=0, b=0)
+    watch.look(400, known=200, a=50, b=50)
+    watch.look(200, known=300, a=100, b=100)
+    assert not watch.paused
+
+
+def test_what_does_not_grow_any_more_stops_nobody():
+    watch = Watch(a=0, b=0)
+    watch.look(600, known=100, a=0, b=0)
+    for _ in range(3):
+        watch.look(300, known=100, a=0, b=0, after=4)
+    assert watch.look(250, known=150, a=0, b=0).stop == []
+    assert not watch.paused
+
+
+def test_one_goes_on_where_nobody_has_anything_to_give():
+    """All that is used is in files, and perhaps somebody else deletes some; but not for ever."""
+    watch = Watch(a=0, b=0)
+    watch.look(600, known=100, a=0, b=0)
+    for left in (300, 100, 0):
+        watch.look(left, known=100, a=0, b=0)
+    assert watch.paused == ["a", "b"]
+    assert watch.look(0, known=100, a=0, b=0, after=HOPELESS_SECONDS).go_on == ["a"]
+    watch.look(0, known=100, a=0, b=0)
+    assert watch.paused == ["b"]
+
+
+def test_how_soon_a_task_is_looked_at_of_which_little_is_expected():
+    watch = Watch(a=0)
+    watch.look(900, a=0)
+    assert SHORTEST < watch.pauses.soon < 0.1
+    watch.look(40, a=0)
+    assert watch.pauses.soon == SHORTEST

@@ -167,6 +167,19 @@ def test_many_that_grow_slowly_do_not_fill_the_machine():
     assert all(work.outcome for work in machine.works)
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_files_in_memory_do_not_fill_the_machine(seen):
+    """Each task writes some, and deletes it in the end; nobody is seen to have them."""
+    spools = [
+        (0.0, Work("spool", [(0.0, 0), (0.2, 80 * MIB), (0.4, 80 * MIB), (0.4, 0)], unseen=True))
+        for _ in range(12)
+    ]
+    others = tasks(24, 70, at=0.0, name="other") if seen else []
+    machine = replay(others[:8] + spools + others[8:], terms(400))
+    assert [work.outcome for work in machine.works] == ["done"] * len(machine.works)
+    assert (machine.counts.kernel_kills, machine.counts.killed) == (0, 0)
+
+
 def test_children_that_keep_memory_are_replaced():
     """So that nothing is killed, however many tasks there are."""
     leaky = [(0.0, Work("leaky", [(0.0, 0), (0.01, 2 * MIB), (0.02, 2 * MIB)])) for _ in range(500)]
